@@ -21,6 +21,12 @@ class Cache:
         self.turn += 1
         return [kept[:, :, :end] for kept in slot]
 
+    def look(self, x):
+        """Position and mask of new tokens x (B, T, C): each sees itself and all before it."""
+        place = torch.arange(self.length + x.size(1), device=x.device)
+        position = place[-x.size(1) :]
+        return position, position[:, None] >= place
+
     def advance(self, count):
         """The forward pass of count tokens is over."""
         self.length, self.turn = self.length + count, 0

@@ -75,9 +75,14 @@ class GPTConfig:
     loop_embedding: str = "none"  # none, learned, sinusoidal: tells the blocks which loop it is
     loop_entry: str = "none"  # none, rmsnorm: norm of the group's input (Parcae)
     loop_exit: str = "none"  # none, linear (Parcae), final_norm (ln_f once more: Huginn): after the last loop
-    exit_gate: bool = False  # Linear for exit_distribution: whether to stop after a loop (Ouro); no loss trains it yet
+    exit_gate: str = "none"  # none, state (Ouro), mean_state (of the tokens so far): learns when to stop looping
     loop_sampling: str = "fixed"  # fixed, uniform, geometric, poisson: loops of a training step
     bptt_k: int = 0  # gradient through the last k loops only; 0: through all
+    # what it predicts
+    predict_ahead: bool = False  # how far ahead is drawn for each sequence, and told by a token before the input
+    max_shift: int = 4  # farthest
+    label_shift_prob: float = 0.5  # chance of stopping at the next token, else at the one after it, and so on
+    n_ahead: int = 1  # heads, each for a token further ahead (arXiv 2404.19737)
 
     def __post_init__(self):
         self._check_types()
@@ -98,7 +103,8 @@ class GPTConfig:
             self._require(name, getattr(self, name) in table, "one of " + ", ".join(table))
 
     def _check_shape(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_loop", "max_loops"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_loop", "max_loops", "max_shift",
+                     "n_ahead"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("n_prelude", "n_block", "n_coda", "bptt_k", "loop_noise_scale", "residual_share", "n_kv_head",
                      "head_size", "n_latent", "n_hidden", "norm_eps", "logit_softcap"):
@@ -107,6 +113,10 @@ class GPTConfig:
             self._require(name, 0 < getattr(self, name) < math.inf, "finite and positive")
         self._require("document_separator", -1 <= self.document_separator < self.vocab_size, "-1 or a token id")
         self._require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
+        self._require("label_shift_prob", 0 < self.label_shift_prob <= 1, "more than 0 and at most 1")
+        alone = self.document_separator < 0 and not self.value_embedding
+        self._require("predict_ahead", alone or not self.predict_ahead,
+                      "False with document_separator or value_embedding: its token stands in no document and has no id")
         self._require("n_embd", self.head_size or self.n_embd % self.n_head == 0, f"a multiple of n_head={self.n_head}")
         self._require("n_kv_head", self.n_head % (self.n_kv_head or 1) == 0, f"0 or a divisor of n_head={self.n_head}")
         mha = self.attention == "mha"
@@ -133,6 +143,7 @@ class GPTConfig:
         self._require("n_loop", self.n_loop <= self.max_loops, f"at most max_loops={self.max_loops}")
         free = looped and not self.loop_counts
         self._require("n_loop", self.n_loop == 1 or free, "1 without n_block or loop_groups, or with loop_counts")
+        self._require("exit_gate", looped or self.exit_gate == "none", "none where nothing is looped")
         seen = self.input_injection != "passthrough" or (self.state_init == "input" and not self.bptt_k)
         why = "another one with this state_init or bptt_k: what comes before the loop would get no gradient"
         self._require("input_injection", seen, why)
@@ -141,6 +152,11 @@ class GPTConfig:
     def size(self) -> int:
         """Channels of a head."""
         return self.head_size or self.n_embd // self.n_head
+
+    @property
+    def n_position(self) -> int:
+        """Positions: those of the tokens, and of the token before them if there is one."""
+        return self.block_size + self.predict_ahead
 
     @property
     def n_effective(self) -> int:
@@ -167,12 +183,14 @@ class GPTConfig:
         return tuple(sorted(alone + [(group, True) for group in self.groups]))
 
     def counts(self, n_loop=None) -> tuple:
-        """Loops of each group. n_loop: None (the config's), an int (every group) or one int per group."""
+        """Loops of each group. n_loop: None (the config's), a count for every group or one per group: an int, or a
+        tensor (B,) on the CPU, one int for each row of the batch."""
         if n_loop is None:
             n_loop = self.loop_counts if self.loop_counts and self.groups else self.n_loop
         each = isinstance(n_loop, (tuple, list))
         counts = tuple(n_loop) if each else (n_loop,)
-        if any(type(n) is not int or n < 1 for n in counts) or (each and len(counts) != len(self.groups)):
+        fits = all((type(n) is int or isinstance(n, torch.Tensor)) and torch.as_tensor(n).min() >= 1 for n in counts)
+        if not fits or (each and len(counts) != len(self.groups)):
             raise ValueError(f"n_loop={n_loop!r}: must be an int >= 1, or one for each of {len(self.groups)} groups")
         return counts if each else counts * len(self.groups)
 
@@ -182,24 +200,28 @@ class GPTConfig:
 
 
 class Where(NamedTuple):
-    position: torch.Tensor  # (T,) or (B, T), counted from the start of the document
+    position: torch.Tensor  # (T,), or (B, T) where rows differ, counted from the start of the document
     mask: torch.Tensor | None = None  # (.., T, S), True where a token may look; None: at itself and all before it
     turn: tuple | None = None  # of rotary positions: cos and sin (.., 1, T, D/2)
     idx: torch.Tensor | None = None  # (B, T), the tokens themselves
     cache: object = None  # keys and values of S - T tokens before them: extend(k, v) -> k, v of all S
 
+    def rows(self, pick):
+        """Of some rows of the batch: a slice, or their numbers."""
+        each = [self.position, self.mask, *(self.turn or ())] if self.position.dim() > 1 else []
+        position, mask, *turn = [part if part is None else part[pick] for part in each] or self[:2]
+        return self._replace(position=position, mask=mask, turn=tuple(turn) or self.turn, idx=self.idx[pick])
 
-def one_document(idx, cache):
-    """Position and mask where a window is one text, or with a cache the continuation of one."""
-    place = torch.arange((0 if cache is None else cache.length) + idx.size(1), device=idx.device)
-    position = place[-idx.size(1) :]
-    return position, None if cache is None else position[:, None] >= place
+
+def one_document(x, idx):
+    """Position and mask where a window is one text."""
+    return torch.arange(x.size(1), device=x.device), None
 
 
-def documents(idx, cache, separator):
+def documents(x, idx, separator):
     """Position and mask where a window holds texts, each ended by the separator, each read as if it stood alone."""
-    if cache is not None or idx.is_floating_point():
-        raise ValueError("document_separator: documents are told apart in whole windows of tokens only")
+    if idx.is_floating_point():
+        raise ValueError("document_separator: documents are told apart in tokens, not in embeddings")
     place = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
     first = F.pad(idx == separator, (1, -1))  # (B, T): right after a separator
     start = torch.where(first, place, 0).cummax(1).values
@@ -218,7 +240,7 @@ class LearnedPosition(nn.Embedding):
     """One learned vector per position, added to the token embedding (GPT-2)."""
 
     def __init__(self, config):
-        super().__init__(config.block_size, config.n_embd)
+        super().__init__(config.n_position, config.n_embd)
 
     def forward(self, x, where):
         return x + super().forward(where.position)
@@ -235,7 +257,7 @@ class RotaryTable(nn.Module):
             factor, low, high, context = config.rope_scaling
             kept = ((context * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
             frequencies = frequencies * (kept + (1 - kept) / factor)
-        angles = torch.outer(torch.arange(config.block_size), frequencies)  # (block_size, D/2)
+        angles = torch.outer(torch.arange(config.n_position), frequencies)  # (n_position, D/2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
@@ -503,7 +525,7 @@ class NoiseState(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.std = small_std(config) * config.embedding_scale
-        fixed = torch.randn(config.block_size, config.n_embd, generator=torch.Generator().manual_seed(0))
+        fixed = torch.randn(config.n_position, config.n_embd, generator=torch.Generator().manual_seed(0))
         self.register_buffer("fixed", fixed, persistent=False)
 
     def forward(self, e, where):
@@ -522,7 +544,7 @@ class LoopNoise(nn.Module):
         self.std = config.loop_noise_scale * small_std(config)
 
     def forward(self, s, n):
-        return s + self.std * torch.randn_like(s) if self.training and n > 1 else s
+        return s + self.std * (n > 1) * torch.randn_like(s) if self.training else s
 
 
 class LearnedIndex(nn.Embedding):
@@ -532,7 +554,7 @@ class LearnedIndex(nn.Embedding):
         super().__init__(config.max_loops, config.n_embd)
 
     def forward(self, s, i):
-        return s + self.weight[min(i, self.num_embeddings - 1)]
+        return s + self.weight[torch.as_tensor(i).clamp(max=self.num_embeddings - 1)]
 
 
 class SinusoidalIndex(nn.Module):
@@ -543,8 +565,9 @@ class SinusoidalIndex(nn.Module):
         self.gain = nn.Parameter(torch.full((config.n_embd,), 0.02))
 
     def forward(self, s, i):
+        i = torch.as_tensor(i, device=s.device).unsqueeze(-1)
         angles = i * 10000.0 ** (-torch.arange(0, s.size(-1), 2, device=s.device) / s.size(-1))
-        return s + self.gain * torch.cat((angles.sin(), angles.cos()))
+        return s + self.gain * torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 LOOP_NORM = {"none": Keep, "rmsnorm": NORM["rmsnorm"]}
@@ -587,7 +610,25 @@ class Loop(nn.Module):
             yield s
 
     def forward(self, e, where, n):
-        return self.exit(deque(self.states(e, where, n), maxlen=1).pop())
+        by_row = isinstance(n, torch.Tensor)
+        return self.exit(self.by_row(e, where, n) if by_row else deque(self.states(e, where, n), maxlen=1).pop())
+
+    def by_row(self, e, where, counts):
+        """The state after each row's own number of loops, counts (B,).
+
+        Rows with more loops begin earlier, so that all end together and the last bptt_k loops of each carry a gradient;
+        a loop computes only those that have begun, so that the batch costs the mean of the counts.
+        """
+        counts, order = counts.sort(descending=True)
+        e, where = self.entry(e)[order], where.rows(order)
+        s = self.noise(self.init_state(e, where), counts[:, None, None].to(e.device))
+        for left in range(int(counts[0]), 0, -1):
+            begun = slice(int((counts >= left).sum()))
+            i = (counts[begun, None] - left).to(e.device)  # each row's own loop
+            with torch.set_grad_enabled(torch.is_grad_enabled() and left <= self.bptt_k):
+                moved = self.step(s[begun], e[begun], i, where.rows(begun))
+            s = torch.cat((moved, s[begun.stop :]))
+        return s[order.argsort()]
 
 
 # -----------------------------------------------------------------------------
@@ -618,6 +659,65 @@ def sample_loops(config, generator, means=None):
 
 
 # -----------------------------------------------------------------------------
+# what hidden states x (B, T, C) are asked besides the next token
+
+
+class ExitGate(nn.Linear):
+    """Whether to stop after a loop, as a logit (B, T, 1): Linear of the pooled state (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__(config.n_embd, 1)
+        self.pool = EXIT_GATE[config.exit_gate]
+
+    def forward(self, s):
+        return super().forward(self.pool(s))
+
+
+EXIT_GATE = {  # how the states of the tokens so far become one
+    "none": None,
+    "state": lambda s: s,  # the token's own (Ouro, arXiv 2510.25741)
+    "mean_state": lambda s: s.cumsum(1) / torch.arange(1, s.size(1) + 1, device=s.device)[:, None],
+}
+
+
+class ShiftToken(nn.Embedding):
+    """Puts a learned token before the input x (B, T, C) that says how far ahead to predict: shift, an int or (B,)."""
+
+    def __init__(self, config):
+        super().__init__(config.max_shift, config.n_embd)
+
+    def forward(self, x, shift):
+        token = super().forward(torch.as_tensor(shift, device=x.device) - 1)
+        return torch.cat((token.expand(x.size(0), -1).unsqueeze(1), x), dim=1)
+
+
+class Ahead(nn.Linear):
+    """Hidden states for one token further ahead, x + SiLU(Linear(x)), at first x (Medusa, arXiv 2401.10774)."""
+
+    def __init__(self, config):
+        super().__init__(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return x + F.silu(super().forward(x))
+
+    def init(self):
+        nn.init.zeros_(self.weight)
+
+
+def sample_shifts(config, generator, count):
+    """How far ahead each of count sequences predicts, int64 (count,) in [1, max_shift]: geometric, from generator."""
+    drawn = torch.empty(count).geometric_(min(config.label_shift_prob, 1 - 1e-9), generator=generator)
+    return drawn.clamp(max=config.max_shift).long()
+
+
+def shift_labels(targets, shift):
+    """The tokens shift ahead, from the next ones, targets (B, T); -1 where the window has none. shift: int or (B,)."""
+    shift = torch.as_tensor(shift, device=targets.device).expand(targets.size(0))
+    source = torch.arange(targets.size(1), device=targets.device) + shift[:, None] - 1  # (B, T)
+    return targets.gather(1, source.clamp(max=targets.size(1) - 1)).masked_fill(source >= targets.size(1), -1)
+
+
+# -----------------------------------------------------------------------------
 # the GPT
 
 
@@ -636,7 +736,7 @@ TABLES = {
     "norm": NORM, "norm_place": NORM_PLACE, "position": POSITION, "rope_pairs": ROPE_PAIRS, "attention": ATTENTION,
     "qk_norm": QK_NORM, "mlp": MLP, "init": INIT, "input_injection": INJECTION, "state_init": STATE_INIT,
     "loop_norm": LOOP_NORM, "loop_entry": LOOP_NORM, "loop_exit": LOOP_EXIT, "loop_embedding": LOOP_EMBEDDING,
-    "loop_sampling": LOOP_SAMPLING,
+    "loop_sampling": LOOP_SAMPLING, "exit_gate": EXIT_GATE,
 }
 
 
@@ -664,8 +764,10 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # arXiv 1608.05859
-        if config.exit_gate:
-            self.exit_gate = nn.Linear(config.n_embd, 1)
+        self.prefix = ShiftToken(config) if config.predict_ahead else Keep(config)
+        self.ahead = nn.ModuleList(Ahead(config) for _ in range(config.n_ahead - 1))
+        if config.exit_gate != "none":
+            self.exit_gate = ExitGate(config)
         cap = config.logit_softcap
         self.cap = (lambda logits: cap * torch.tanh(logits / cap)) if cap else Keep(config)
         loop_of = dict(zip(config.groups, loops))
@@ -682,17 +784,21 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
         with torch.no_grad():
             for module in self.modules():
-                if isinstance(module, (Inject, Diagonal)):
+                if isinstance(module, (Inject, Diagonal, Ahead)):
                     module.init()
 
-    def embed(self, idx, cache=None):
-        """Token ids (B, T), or embeddings (B, T, C), to x (B, T, C) and where they stand after those of the cache."""
-        total = idx.size(1) + (0 if cache is None else cache.length)
-        if total > self.block_size:
-            raise ValueError(f"{total} tokens are more than block_size={self.block_size}")
-        position, mask = self.look(idx, cache)
-        where = Where(position, mask, self.turn(position), idx, cache)
+    def embed(self, idx, cache=None, shift=1):
+        """Token ids (B, T), or embeddings (B, T, C), to x (B, T, C) and where they stand, which a cache knows better.
+
+        With predict_ahead the token of shift, an int or (B,), comes before the first of them: x (B, T + 1, C).
+        """
+        seen = 0 if cache is None else cache.length
+        if seen + idx.size(1) > self.block_size:
+            raise ValueError(f"{seen + idx.size(1)} tokens are more than block_size={self.block_size}")
         x = idx if idx.is_floating_point() else self.config.embedding_scale * self.transformer.wte(idx)
+        x = x if seen else self.prefix(x, shift)
+        position, mask = self.look(x, idx) if cache is None else cache.look(x)
+        where = Where(position, mask, self.turn(position), idx, cache)
         return self.transformer.drop(self.transformer.ln_e(self.transformer.wpe(x, where))), where
 
     def schedule(self, n_loop=None):
@@ -700,31 +806,52 @@ class GPT(nn.Module):
         counts = iter(self.config.counts(n_loop))
         return [(stage, (next(counts),) if isinstance(stage, Loop) else ()) for stage in self.stages]
 
-    def hidden(self, idx, n_loop=None, cache=None):
-        """The last hidden states (B, T, C), which the head reads, of tokens or embeddings as embed takes them."""
-        x, where = self.embed(idx, cache)
-        for stage, count in self.schedule(n_loop):
+    def pass_through(self, stages, x, where):
+        """x (B, T, C) after some stages of a schedule."""
+        for stage, count in stages:
             x = stage(x, where, *count)
-        return self.transformer.ln_f(x)
+        return x
+
+    def hidden(self, idx, n_loop=None, cache=None, shift=1):
+        """The last hidden states (B, T, C), which the head reads, of tokens or embeddings as embed takes them."""
+        x, where = self.embed(idx, cache, shift)
+        return self.transformer.ln_f(self.pass_through(self.schedule(n_loop), x, where)[:, -idx.size(1) :])
+
+    def exits(self, idx, n_loop=None, shift=1):
+        """Yields state and last hidden states (B, T, C) after each loop of the last group, as if it were the last."""
+        (x, where), T = self.embed(idx, shift=shift), idx.size(1)
+        schedule = self.schedule(n_loop)
+        last = max(number for number, (_, count) in enumerate(schedule) if count)
+        loop, (n,) = schedule[last]
+        for s in loop.states(self.pass_through(schedule[:last], x, where), where, n):
+            x = self.pass_through(schedule[last + 1 :], loop.exit(s), where)
+            yield s[:, -T:], self.transformer.ln_f(x[:, -T:])
+
+    def logits(self, x):
+        """Of hidden states (B, T, C): (B, T, V)."""
+        return self.cap(self.lm_head(x))
 
     def readout(self, x, targets=None):
         """(logits (B, T, V), mean cross-entropy) with targets, else (logits of the last position (B, 1, V), None)."""
         if targets is None:
-            return self.cap(self.lm_head(x[:, [-1]])), None
-        logits = self.cap(self.lm_head(x))
+            return self.logits(x[:, [-1]]), None
+        logits = self.logits(x)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def forward(self, idx, targets=None, n_loop=None, cache=None):
+    def forward(self, idx, targets=None, n_loop=None, cache=None, shift=1):
         """Logits and loss (nats per token) of idx (B, T), int64, or of embeddings (B, T, C) in its place.
 
-        targets (B, T): the tokens to predict, -1 for none. n_loop: None (the config's counts), an int or one per group,
-        any number >= 1 whatever the model was trained at, else ValueError. cache: a decode.Cache of the tokens before.
+        targets (B, T): the next tokens, -1 for none; with a shift of more than 1 (int or (B,), for a model that was
+        trained to predict_ahead) the tokens so far ahead among them are predicted. n_loop: None (the config's counts),
+        a count or one per group: an int >= 1, whatever the model was trained at, or a tensor (B,) with one for each
+        row, else ValueError. cache: a decode.Cache of the tokens before.
         """
-        return self.readout(self.hidden(idx, n_loop, cache), targets)
+        targets = targets if targets is None or type(shift) is int and shift == 1 else shift_labels(targets, shift)
+        return self.readout(self.hidden(idx, n_loop, cache, shift), targets)
 
     def exit_distribution(self, states):
         """(B, T, n): how likely the gate stops after each of n loops, from the states after them (Ouro, section 3)."""
-        go_on = torch.sigmoid(-self.exit_gate(torch.stack(states, dim=-2)).squeeze(-1))  # (B, T, n)
+        go_on = torch.sigmoid(-torch.cat([self.exit_gate(s) for s in states], dim=-1))  # (B, T, n)
         reached = F.pad(go_on[..., :-1], (1, 0), value=1.0).cumprod(-1)
         return torch.cat((reached[..., :-1] * (1 - go_on[..., :-1]), reached[..., -1:]), dim=-1)
 

@@ -157,7 +157,7 @@ OURO = LLAMA._replace(
     demands={**LLAMA.demands, "model_type": "ouro", "architectures": ["OuroForCausalLM"]},
     fields={**LLAMA.fields, "n_block": "num_hidden_layers", "n_loop": "total_ut_steps"},
     fixed={**LLAMA.fixed, "norm_place": "branch", "input_injection": "passthrough", "state_init": "input",
-           "loop_norm": "rmsnorm", "final_norm": False, "exit_gate": True},
+           "loop_norm": "rmsnorm", "final_norm": False, "exit_gate": "state"},
     names={**LLAMA.names, "ln_1_out": f"{LAYER}.input_layernorm_2", "ln_2_out": f"{LAYER}.post_attention_layernorm_2",
            "transformer.loops.0.norm": "model.norm", "exit_gate": "model.early_exit_gate"},
 )
@@ -433,7 +433,7 @@ def pass_through(model):
             module.init()
         elif isinstance(module, nn.Linear):  # the exit
             nn.init.eye_(module.weight)
-    if model.config.exit_gate:
+    if model.config.exit_gate != "none":
         for p in model.exit_gate.parameters():
             nn.init.zeros_(p)
 

@@ -218,7 +218,7 @@ if recompute == "loop":
     for loop in raw_model.transformer.loops:
         loop.step = functools.partial(recomputed, loop.step, use_reentrant=False)
 places = [device.index] if device.type == "cuda" else None
-unused = raw_model.config.exit_gate  # the loss does not reach the gate
+unused = raw_model.config.exit_gate != "none"  # the loss does not reach the gate
 model = DDP(raw_model, places, find_unused_parameters=unused) if ddp else raw_model
 iter_num, best_val_loss = (ckpt["iter_num"], ckpt["best_val_loss"]) if resume else (0, math.inf)
 first_iter, ckpt, averaged = iter_num, None, None  # free their memory

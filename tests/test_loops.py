@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import LOOPED, TINY, build, tokens
 
-from model import GPT, GPTConfig, Where, sample_loops
+from model import GPT, GPTConfig, Where, sample_loops, sample_shifts, shift_labels
 
 PLAIN_LOOP = dict(input_injection="passthrough", loop_norm="none")
 
@@ -259,3 +259,90 @@ def test_samples_are_repeatable_ints_in_bounds(sampling):
     assert sequence(3) == sequence(3)
     assert sampling == "fixed" or sequence(3) != sequence(4)
     assert all(len(counts) == 2 and all(type(n) is int and 1 <= n <= 6 for n in counts) for counts in sequence(3))
+
+
+# -----------------------------------------------------------------------------
+# another depth for each row
+
+
+ROWS = [dict(), dict(bptt_k=2), dict(input_injection="diagonal", state_init="zero", loop_norm="none", loop_exit="linear"),
+        dict(loop_embedding="learned", loop_entry="rmsnorm"), dict(loop_embedding="sinusoidal", position="rope"),
+        dict(document_separator=7), dict(state_init="noise", value_embedding=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ROWS, ids=str)
+def test_each_row_by_its_own_count_is_the_row_alone(options):
+    """Logits and gradients: the batch at its own counts = one row after the other."""
+    model, idx, counts = build(**options, spread=0.1), tokens(4), torch.tensor([2, 5, 1, 3])
+    together = model(idx, idx, n_loop=counts)
+    together[1].backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for row, n in enumerate(counts.tolist()):
+        logits, loss = model(idx[[row]], idx[[row]], n_loop=n)
+        torch.testing.assert_close(logits[0], together[0][row], atol=1e-5, rtol=1e-5)
+        (loss / len(idx)).backward()
+    for (name, p), got in zip(model.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(got, p.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_rows_cost_the_mean_of_their_counts():
+    """Rows that pass through a looped block: their loops, not the batch's most."""
+    model, counts, seen = build(), torch.tensor([2, 8, 1, 1]), []
+    model.transformer.h[1].register_forward_hook(lambda block, given, x: seen.append(len(x)))
+    model(tokens(4), n_loop=counts)
+    assert sum(seen) == counts.sum() and max(seen) == 4
+
+
+def test_counts_per_row_and_group():
+    model, idx = build(n_layer=5, loop_groups=[[0, 1], [3]], loop_counts=[2, 3], spread=0.1), tokens(3)
+    mixed = model(idx, n_loop=(torch.tensor([1, 4, 2]), 3))[0]
+    for row, n in enumerate([1, 4, 2]):
+        torch.testing.assert_close(mixed[[row]], model(idx[[row]], n_loop=(n, 3))[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="n_loop"):
+        model(idx, n_loop=(torch.tensor([0, 4, 2]), 3))
+
+
+# -----------------------------------------------------------------------------
+# exits and shifted labels
+
+
+@pytest.mark.parametrize("options", [dict(), dict(predict_ahead=True), dict(loop_exit="final_norm"), dict(n_coda=0)], ids=str)
+def test_exits_are_the_hidden_states_at_fewer_loops(options):
+    model, idx = build(**options, spread=0.1), tokens()
+    for n, (s, x) in enumerate(model.exits(idx, 5), 1):
+        torch.testing.assert_close(x, model.hidden(idx, n), atol=1e-6, rtol=1e-5)
+        assert s.shape == (2, 9, 32)
+    assert n == 5
+
+
+def test_shift_labels():
+    targets = torch.arange(12).view(2, 6)
+    assert torch.equal(shift_labels(targets, 1), targets)
+    assert shift_labels(targets, torch.tensor([2, 4])).tolist() == [[1, 2, 3, 4, 5, -1], [9, 10, 11, -1, -1, -1]]
+
+
+def test_a_shift_is_a_token_before_the_input():
+    """Written out: embeddings with the learned token in front, plain blocks, the rest of the positions read out."""
+    model, idx = build(predict_ahead=True, n_layer=3, spread=0.1), tokens()
+    x = torch.cat((model.prefix.weight[2].expand(2, 1, -1), model.transformer.wte(idx)), dim=1)
+    x, where = x + model.transformer.wpe.weight[:10], Where(torch.arange(10))
+    for block in model.transformer.h:
+        x = block(x, where)
+    logits = model.lm_head(model.transformer.ln_f(x))[:, 1:]
+    got, loss = model(idx, idx, shift=3)
+    torch.testing.assert_close(got, logits, atol=1e-6, rtol=1e-5)
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-2].flatten(0, 1), idx[:, 2:].flatten())
+    torch.testing.assert_close(loss, wanted)
+    each = model(idx, idx, shift=torch.tensor([1, 3]))[0]
+    torch.testing.assert_close(each[1], logits[1], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(each[0], logits[0], atol=1e-3)
+    model(torch.randint(61, (1, 16)))  # a whole window still fits
+
+
+def test_sampled_shifts_are_geometric():
+    config = GPTConfig(**LOOPED, predict_ahead=True, max_shift=3, label_shift_prob=0.6)
+    drawn = sample_shifts(config, torch.Generator().manual_seed(0), 10000)
+    shares = [(drawn == s).double().mean().item() for s in (1, 2, 3)]
+    assert shares == pytest.approx([0.6, 0.24, 0.16], abs=0.02)
+    assert torch.equal(drawn, sample_shifts(config, torch.Generator().manual_seed(0), 10000))

@@ -240,7 +240,9 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-@pytest.mark.parametrize("field,value", [(field, value) for field, table in TABLES.items() for value in table])
+@pytest.mark.parametrize("field,value", [
+    (field, value) for field, table in TABLES.items() for value in table if field != "exit_gate"
+])  # the gate is not in the model's own loss but in objectives.py
 def test_every_legal_value_trains(field, value):
     """A step against the gradient lowers the loss, and every parameter takes part."""
     model, idx = build(**{field: value}), tokens(4, 16)

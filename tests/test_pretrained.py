@@ -510,7 +510,7 @@ OURS = {
     "retrofitted": dict(norm="rmsnorm", position="rope", mlp="swiglu", bias=False, n_kv_head=2, input_injection="inject_last",
                         state_init="noise", loop_norm="none", tie_weights=False),
     "ouro": dict(n_prelude=0, n_coda=0, norm="rmsnorm", norm_place="branch", position="rope", mlp="swiglu", bias=False, final_norm=False,
-                 input_injection="passthrough", exit_gate=True, tie_weights=False, n_hidden=48),
+                 input_injection="passthrough", exit_gate="state", tie_weights=False, n_hidden=48),
     "parcae": dict(norm="rmsnorm", norm_eps=1e-5, position="rope", rope_pairs="neighbours", mlp="relu2", mlp_scale=0.5, bias=False,
                    qk_norm="rotated", value_embedding=True, input_injection="diagonal", state_init="noise", loop_norm="none",
                    loop_entry="rmsnorm", loop_exit="linear", init="orthogonal", rope_base=50000.0),
@@ -519,7 +519,7 @@ OURS = {
                            logit_softcap=15.0, n_prelude=2, n_block=1),
     "mla": dict(attention="mla", position="rope", norm="weightless", loop_embedding="sinusoidal", document_separator=3),
     "everything else": dict(embedding_norm=True, loop_embedding="learned", input_injection="residual", mlp="relu2", position="none",
-                            loop_entry="rmsnorm", exit_gate=True, tie_weights=False, logit_softcap=5.0),
+                            loop_entry="rmsnorm", exit_gate="state", tie_weights=False, logit_softcap=5.0),
 }  # fmt: skip
 FORMATS = {"plain": "gpt2", "plain, exact": "gpt2", "baseline": "gpt2", "llama": "llama", "qwen3": "qwen3", "olmo2": "olmo2", "huginn": "huginn_raven",
            "retrofitted": "huginn_raven", "ouro": "ouro", "parcae": "parcae", "parcae, capped": "parcae"}  # fmt: skip

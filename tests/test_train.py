@@ -239,7 +239,7 @@ def torchrun(corpus, out_dir, *arguments):
 def test_two_processes_are_one(corpus, tmp_path):
     """Same losses, sampled depth included; and a run saved by two goes on on one."""
     one, two = tmp_path / "one", tmp_path / "two"
-    sampled = ("--loop_sampling=poisson", "--bptt_k=1", "--eval_loops=1,3", "--exit_gate")
+    sampled = ("--loop_sampling=poisson", "--bptt_k=1", "--eval_loops=1,3", "--exit_gate=state")
     train(corpus, one, *sampled)
     run = torchrun(corpus, two, *sampled, "--max_iters=4")
     assert run.returncode == 0, run.stderr
