@@ -1,8 +1,10 @@
-"""What several tests share: tiny models, a tiny corpus made of this repository's own sources, and running scripts."""
+"""What several tests share: tiny models, a tiny corpus, and running scripts."""
 
 import io
 import os
+import random
 import runpy
+import string
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -35,12 +37,21 @@ def tokens(rows=2, length=9, seed=1):
     return torch.randint(61, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def prose(seed, count):
+    """Sentences of made-up words, always the same for a seed: frequent words are short, and commas are few."""
+    draw, syllables = random.Random(seed), ["ka", "lo", "min", "ter", "a", "sho", "re", "un", "di", "vel"]
+    words = ["".join(random.Random(rank).choices(syllables, k=1 + rank // 40)) for rank in range(200)]
+    chosen = [words[int(200 * draw.random() ** 3)] + draw.choice([""] * 9 + [","]) for _ in range(count)]
+    lines = (" ".join(chosen[i : i + 9]).capitalize() + "." for i in range(0, count, 9))
+    return "\n".join(lines)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A prepared folder: characters of model.py for training, of dataset.py for validation."""
+    """A prepared folder of characters."""
     folder = tmp_path_factory.mktemp("corpus")
-    texts = {"train": (ROOT / "model.py").read_text(), "val": (ROOT / "dataset.py").read_text()}
-    chars = "".join(sorted(set("".join(texts.values()))))
+    texts = {"train": prose(1, 10000), "val": prose(2, 3000)}
+    chars = "".join(sorted(string.printable))
     write_dataset(folder, {"tokenizer": "char", "chars": chars}, {name: [text] for name, text in texts.items()})
     return folder
 

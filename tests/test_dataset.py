@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, Run
+from conftest import Run, prose
 
 from dataset import download, load_meta, make_tokenizer, open_split, permute, random_key, write_dataset
 
@@ -51,7 +51,7 @@ def test_an_epoch_visits_every_window_once(corpus):
 
 def test_windows_are_the_tokens_and_their_successors(corpus):
     data = split(corpus)
-    text = make_tokenizer(load_meta(corpus)).encode((ROOT / "model.py").read_text())
+    text = make_tokenizer(load_meta(corpus)).encode(prose(1, 10000))
     x, y = data.windows(np.array([0, 160, 5]))
     for row, start in enumerate((0, 160, 5)):
         assert x[row].tolist() == text[start : start + 16] and y[row].tolist() == text[start + 1 : start + 17]

@@ -115,7 +115,7 @@ def test_the_watch_on_the_states_is_what_the_model_gives(plain_run, corpus):
 
 @pytest.mark.parametrize("options, words", [
     (("--learning_rate=1e-9", "--min_lr=1e-9"), "the state is not used"),  # inject begins by handing on its input alone
-    (("--learning_rate=3", "--decay_lr=False", "--grad_clip=0", "--bptt_k=1"), "all tokens are nearly the same"),
+    (("--learning_rate=1", "--decay_lr=False", "--grad_clip=0", "--bptt_k=1"), "all tokens are nearly the same"),
     (("--max_iters=80", "--eval_interval=80", "--lr_decay_iters=80", "--learning_rate=3e-3", "--bias=False"), None)], ids=str)  # fmt: skip
 def test_a_run_that_dies_of_its_states_is_warned_of(corpus, tmp_path, options, words):
     run = train(corpus, tmp_path / "out", "--loop_norm=none", "--input_injection=inject", "--weight_decay=0", *options)
