@@ -817,14 +817,18 @@ class GPT(nn.Module):
         x, where = self.embed(idx, cache, shift)
         return self.transformer.ln_f(self.pass_through(self.schedule(n_loop), x, where)[:, -idx.size(1) :])
 
+    def around_the_loop(self, n_loop=None):
+        """Of a schedule: the stages before the last loop, that loop, its count, the stages after it."""
+        schedule = self.schedule(n_loop)
+        last = max(number for number, (_, count) in enumerate(schedule) if count)
+        return schedule[:last], schedule[last][0], *schedule[last][1], schedule[last + 1 :]
+
     def exits(self, idx, n_loop=None, shift=1):
         """Yields state and last hidden states (B, T, C) after each loop of the last group, as if it were the last."""
         (x, where), T = self.embed(idx, shift=shift), idx.size(1)
-        schedule = self.schedule(n_loop)
-        last = max(number for number, (_, count) in enumerate(schedule) if count)
-        loop, (n,) = schedule[last]
-        for s in loop.states(self.pass_through(schedule[:last], x, where), where, n):
-            x = self.pass_through(schedule[last + 1 :], loop.exit(s), where)
+        before, loop, n, after = self.around_the_loop(n_loop)
+        for s in loop.states(self.pass_through(before, x, where), where, n):
+            x = self.pass_through(after, loop.exit(s), where)
             yield s[:, -T:], self.transformer.ln_f(x[:, -T:])
 
     def logits(self, x):
@@ -872,15 +876,16 @@ class GPT(nn.Module):
         as if not causal, as there. Every loop runs forward, the last bptt_k (None: the config's, 0: all) backward.
         """
         k = self.config.bptt_k if bptt_k is None else bptt_k
-        total = 3 * self._forward_flops(self.lm_head)
+        total = 3 * self.forward_flops(self.lm_head)
         for stage, count in self.schedule(n_loop):
             n = sum(count) or 1
             parts = (stage.inject, *stage.blocks) if count else (stage,)
-            total += (n + 2 * min(n, k or n)) * sum(map(self._forward_flops, parts))
-            total += 3 * self._forward_flops(stage.exit) if count else 0
+            total += (n + 2 * min(n, k or n)) * sum(map(self.forward_flops, parts))
+            total += 3 * self.forward_flops(stage.exit) if count else 0
         return total
 
-    def _forward_flops(self, part):
+    def forward_flops(self, part):
+        """Of a module per token of a full window."""
         modules = list(part.modules()) if isinstance(part, nn.Module) else []  # a function has none
         linear = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
         pairs = sum(m.n_products for m in modules if isinstance(m, (Attention, LatentAttention)))
@@ -896,7 +901,7 @@ class GPT(nn.Module):
         embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding) or m is self.lm_head}
         groups = {"matrices": [], "embeddings": [], "vectors": []}
         for p in self.parameters():
-            groups["embeddings" if id(p) in embeddings else "matrices" if p.dim() >= 2 else "vectors"].append(p)
+            groups["embeddings" if id(p) in embeddings else "matrices" if len(p) > 1 < p.dim() else "vectors"].append(p)
         return groups
 
 

@@ -10,6 +10,7 @@ The same command with --init_from=auto goes on where the run in out_dir stopped,
 step follows from (seed, iteration, rank), and the order of the data from (seed, position), on any number of processes.
 """
 
+import copy
 import functools
 import gc
 import json
@@ -35,7 +36,8 @@ from configurator import clear_errors, configure
 from corpus import Stream, open_stream
 from dataset import Split, load_meta, open_split, random_key
 from device import autocast, compile_works, peak_flops, pick_device, pick_dtype
-from model import GPT, GPTConfig, sample_loops, spectral_clip
+from model import GPT, GPTConfig, sample_loops, sample_shifts, shift_labels, spectral_clip
+from objectives import GATED, Objective
 
 # -----------------------------------------------------------------------------
 # knobs, by default those of GPT-2 (124M) on OpenWebText
@@ -60,12 +62,20 @@ stream = False  # read the corpus of the folder's prepare.py while training, and
 input_files = ""  # of stream: local .parquet, .jsonl or .txt files in place of the hub
 batch_size = 12  # windows of block_size in one micro-step of one process
 gradient_accumulation_steps = 40  # micro-steps in one step, divided among the processes
+# objective
+objective = "next"  # or at every loop: deep, distill, exit, exit_gate (alone), confidence; see objectives.py
+loss_weighting = "uniform"  # of deep's losses; or linear, by the number of the loop
+entropy_weight = 0.1  # of exit: keeps the gate from deciding too early (Ouro's beta)
+distill_weight = 0.5  # of distill: the last loop teaches the others
+ahead_weight = 0.3  # of the losses of n_ahead's further heads, together
+loss_chunk = 0  # tokens whose logits exist at once, computed anew in the backward pass; 0: all
 # optimizer
 optimizer = "adamw"  # or muon: Muon on the matrices of the blocks, AdamW on the rest
 learning_rate = 6e-4  # of AdamW
 muon_learning_rate = 0.02  # of Muon, on the same schedule
 max_iters = 600000
-weight_decay = 0.1  # of the matrices, never of norms, biases and embeddings
+weight_decay = 0.1  # of the matrices
+weight_decay_all = False  # also of norms, biases and embeddings
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: off
@@ -81,10 +91,12 @@ hold_iters = 400000  # wsd: the full rate up to here, then linear
 lr_decay_iters = 600000  # when min_lr is reached
 min_lr = 6e-5
 loop_warmup_iters = 0  # steps over which the number of loops rises to its value; 0: off
+loops_per_row = False  # sampled depth: another number of loops for each window, in place of one for each step
 loop_warmup = "linear"  # or sqrt: 1 - sqrt(1 - t), slower at first (arXiv 2511.07384)
 # system
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype = "auto"  # float32, or bfloat16 for matrix products; auto: bfloat16 on a GPU that has it
+param_dtype = "float32"  # or bfloat16: the model computes with such weights, the optimizer keeps them in float32
 compile = True  # compile each block; one compilation serves every number of loops
 recompute = "none"  # activations in the backward pass: of each block, or of each loop, to save memory; or none
 backend = "auto"  # of torchrun's processes: nccl or gloo; auto: nccl on CUDA
@@ -108,7 +120,8 @@ with clear_errors():
         require(name, config[name] >= 1, "at least 1")
     for name in ("learning_rate", "muon_learning_rate"):
         require(name, config[name] > 0, "positive")
-    for name in ("max_iters", "weight_decay", "grad_clip", "warmup_iters", "min_lr", "loop_warmup_iters"):
+    for name in ("max_iters", "weight_decay", "grad_clip", "warmup_iters", "min_lr", "loop_warmup_iters", "loss_chunk",
+                 "entropy_weight", "distill_weight", "ahead_weight"):
         require(name, config[name] >= 0, "at least 0")
     require("lr_decay_iters", lr_decay_iters > warmup_iters or not decay_lr, f"more than warmup_iters={warmup_iters}")
     require("eval_loops", all(type(n) is int and n >= 1 for n in eval_loops), "loop counts such as 1,4,16")
@@ -120,6 +133,9 @@ with clear_errors():
     require("spectral_clip_beta", spectral_clip_beta >= 0, "at least 0")
     require("spectral_clip_interval", spectral_clip_interval >= 1, "at least 1")
     require("optimizer", optimizer in ("adamw", "muon"), "adamw or muon")
+    require("loss_weighting", loss_weighting in ("uniform", "linear"), "uniform or linear")
+    require("loops_per_row", not loops_per_row or objective == "next", "False where every loop of a step has its loss")
+    require("param_dtype", param_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
     require("loop_warmup", loop_warmup in ("linear", "sqrt"), "linear or sqrt")
     require("backend", backend in ("auto", "nccl", "gloo"), "auto, nccl or gloo")
     shared = gradient_accumulation_steps % world_size == 0
@@ -158,6 +174,8 @@ with clear_errors():
         raw_model = pretrained.build(ckpt, **model_args) if saved else pretrained.load(init_from, **model_args)
         require("dataset", ckpt.get("tokenizer", tokenizer) == tokenizer, "one with the tokenizer of the checkpoint")
         require("optimizer", not resume or optimizer in ckpt["optimizer"], "the one that the run was trained with")
+    settings = (loss_chunk, loss_weighting, entropy_weight, distill_weight, ahead_weight)
+    scored = Objective(raw_model, objective, *settings)
     model_args = asdict(raw_model.config)
     config.update(model_args)
     block_size, known_ids = raw_model.config.block_size, min(meta["vocab_size"], raw_model.config.vocab_size)
@@ -184,14 +202,16 @@ if ddp:
     dist.init_process_group({"auto": "nccl" if device.type == "cuda" else "gloo"}.get(backend, backend))
 
 raw_model.to(device)
-groups = raw_model.parameter_groups()
-free = [{"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0}]
-decayed = [{"params": groups["matrices"], "weight_decay": weight_decay}]
+for name, p in raw_model.named_parameters():  # with exit_gate the gate is all that is trained, with others perhaps not
+    p.requires_grad_(objective in GATED if name.startswith("exit_gate.") else objective != "exit_gate")
+groups = {kind: [p for p in some if p.requires_grad] for kind, some in raw_model.parameter_groups().items()}
+rest = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": weight_decay_all * weight_decay}
+matrices = {"params": groups["matrices"], "weight_decay": weight_decay}
 adamw = functools.partial(torch.optim.AdamW, lr=learning_rate, betas=(beta1, beta2), fused=True)
 if optimizer == "adamw":
-    optimizers, top_lr = {"adamw": adamw(free + decayed)}, {"adamw": learning_rate}
+    optimizers, top_lr = {"adamw": adamw([rest, matrices])}, {"adamw": learning_rate}
 else:
-    optimizers = {"muon": torch.optim.Muon(decayed, lr=muon_learning_rate), "adamw": adamw(free)}
+    optimizers = {"muon": torch.optim.Muon([matrices], lr=muon_learning_rate), "adamw": adamw([rest])}
     top_lr = {"muon": muon_learning_rate, "adamw": learning_rate}
 if resume:
     for name, state in ckpt["optimizer"].items():
@@ -208,18 +228,22 @@ for block in raw_model.transformer.h if spectral_clip_beta else ():
             if isinstance(module, torch.nn.Linear):
                 to_clip.setdefault(module.weight.shape, []).append(module.weight.detach())
 
-if compile and compile_works(device):
-    for block in raw_model.transformer.h:
+if param_dtype == "bfloat16":  # raw_model keeps the weights in float32, a copy of it computes
+    scored = copy.deepcopy(scored)
+    for p in scored.parameters():
+        p.data = p.data.bfloat16()
+worker = scored.model
+for each in {raw_model, worker} if compile and compile_works(device) else ():
+    for block in each.transformer.h:
         block.compile()  # in place: the loops around the blocks stay Python, so their number never recompiles
 if recompute == "block":
-    for block in raw_model.transformer.h:
+    for block in worker.transformer.h:
         block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
 if recompute == "loop":
-    for loop in raw_model.transformer.loops:
+    for loop in worker.transformer.loops:
         loop.step = functools.partial(recomputed, loop.step, use_reentrant=False)
 places = [device.index] if device.type == "cuda" else None
-unused = raw_model.config.exit_gate != "none"  # the loss does not reach the gate
-model = DDP(raw_model, places, find_unused_parameters=unused) if ddp else raw_model
+model = DDP(scored, places) if ddp else scored
 iter_num, best_val_loss = (ckpt["iter_num"], ckpt["best_val_loss"]) if resume else (0, math.inf)
 first_iter, ckpt, averaged = iter_num, None, None  # free their memory
 
@@ -240,12 +264,30 @@ def get_lr(it):
 
 
 def get_loops(it):
-    """Loops of step it, one int per group, the same on every process."""
+    """Loops of step it, one int per group, the same on every process; with loops_per_row such a tuple for each row."""
     rising = min(1.0, (it + 1) / loop_warmup_iters) if loop_warmup_iters else 1.0
     if loop_warmup == "sqrt":
         rising = 1 - math.sqrt(1 - rising)
     means = [max(1, math.ceil(rising * n)) for n in raw_model.config.counts()]
-    return sample_loops(raw_model.config, torch.Generator().manual_seed(random_key(seed, "loops", it)), means)
+    draw = functools.partial(sample_loops, raw_model.config, generator_of("loops", it), means)
+    return [draw() for _ in range(rows_per_iter)] if loops_per_row else draw()
+
+
+def generator_of(*key):
+    return torch.Generator().manual_seed(random_key(seed, *key))
+
+
+def get_step(it):
+    """What the micro-steps of this process need in step it: [(x, y, loops, shift), ...], and the loops of all rows."""
+    loops, shifts = get_loops(it), sample_shifts(raw_model.config, generator_of("shift", it), rows_per_iter)
+    step = []
+    for micro_step in range(micro_steps):
+        first = (micro_step * world_size + rank) * batch_size
+        rows = slice(first, first + batch_size)
+        depth = tuple(torch.tensor(loops[rows]).unbind(1)) if loops_per_row else loops
+        shift = shifts[rows].to(device) if raw_model.config.predict_ahead else 1
+        step.append((*get_batch(it, micro_step), depth, shift))
+    return step, loops if loops_per_row else [loops]
 
 
 def get_batch(it, micro_step):
@@ -265,6 +307,14 @@ def gather(mine):
     return {key: value for part in parts for key, value in part.items()}
 
 
+def to_masters():
+    """The gradients of the copy that computes, added to those of the weights in float32."""
+    for master, p in zip(raw_model.parameters(), worker.parameters(), strict=True):
+        if p.grad is not None:
+            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+            p.grad = None
+
+
 def to_device(arrays):
     tensors = [torch.from_numpy(array) for array in arrays]
     if device.type == "cuda":  # pinned memory travels while the GPU computes
@@ -282,30 +332,37 @@ def windows_to_score(split):
     return starts, np.full(len(starts), block_size)
 
 
+def batches(split):
+    """This process's windows to score: where they start, x and y, filled up with some that do not count."""
+    starts, fresh = windows_to_score(split)
+    missing = -len(starts) % (batch_size * world_size)  # one shape to compile, one number of batches for all processes
+    starts, fresh = np.pad(starts, (0, missing), mode="wrap"), np.pad(fresh, (0, missing))
+    for first in range(rank * batch_size, len(starts), world_size * batch_size):
+        part = slice(first, first + batch_size)
+        yield starts[part], *to_device(split.windows(starts[part], fresh[part]))
+
+
 @torch.no_grad()
-def evaluate(split, n_loop=None):
-    """Loss (nats per token), bits per token and per byte, and next-token accuracy of a split at n_loop.
+def evaluate(split, n_loop=None, shift=1):
+    """Loss (nats per token), bits per token and per byte, and accuracy of a split at n_loop, shift tokens ahead.
 
     For a task also the share of rows whose whole answer is right ("exact"), in all and by level.
     """
     evaluated = ema.module if ema else raw_model
     evaluated.eval()
-    starts, fresh = windows_to_score(split)
+    starts = windows_to_score(split)[0]
     levels, rows_of = np.unique(split.levels(starts), return_counts=True)
-    missing = -len(starts) % batch_size  # filled up with windows that do not count: one shape to compile
-    starts, fresh = np.pad(starts, (0, missing), mode="wrap"), np.pad(fresh, (0, missing))
-    level_of = np.searchsorted(levels, split.levels(starts))
     sums = torch.zeros(3 + len(levels), dtype=torch.float64)  # losses, right guesses, tokens; right rows of each level
-    for first in range(rank * batch_size, len(starts), world_size * batch_size):
-        part = slice(first, first + batch_size)
-        x, y = to_device(split.windows(starts[part], fresh[part]))
+    for starts, x, y in batches(split):
         with autocast(device, dtype):
-            logits, loss = evaluated(x, y, n_loop=n_loop)
+            logits, loss = evaluated(x, y, n_loop=n_loop, shift=shift)
+        y = shift_labels(y, shift)
         counted, right = y >= 0, logits.argmax(-1) == y
         tokens = counted.sum().item()
-        sums[:3] += torch.tensor([loss.item() * tokens, right.sum().item(), tokens], dtype=torch.float64)
+        nats = loss.item() * tokens if tokens else 0.0  # a batch may be nothing but filling
+        sums[:3] += torch.tensor([nats, right.sum().item(), tokens], dtype=torch.float64)
         exact = (right | ~counted).all(1) & counted.any(1)
-        sums[3:].index_add_(0, torch.from_numpy(level_of[part]), exact.double().cpu())
+        sums[3:].index_add_(0, torch.from_numpy(np.searchsorted(levels, split.levels(starts))), exact.double().cpu())
     if ddp:
         sums = sums.to(device)
         dist.all_reduce(sums)
@@ -320,12 +377,42 @@ def evaluate(split, n_loop=None):
     return row
 
 
+@torch.no_grad()
+def evaluate_objective():
+    """What the objective logs, on validation at the model's own loops."""
+    scored.eval()
+    total = {}
+    for _, x, y in batches(splits["val"]):
+        with autocast(device, dtype):
+            add(total, scored(x, y)[1])
+    scored.train()
+    return means_of(total)
+
+
 def evaluate_all():
-    """The rows of an evaluation: training at the model's own loops, the others at the counts of eval_loops too."""
+    """The rows of an evaluation: training at the model's own loops, the others at the counts of eval_loops too, and
+    where the model has learned to predict further ahead, at each shift."""
     own = raw_model.config.counts()
     counts = [own] + [(n,) * len(own) for n in eval_loops if own and (n,) * len(own) != own]
-    asked = [(name, loops) for name in splits for loops in (counts if name != "train" else [own])]
-    return [{"split": name, "loops": loops, **evaluate(splits[name], loops)} for name, loops in asked]
+    asked = [(name, loops, 1) for name in splits for loops in (counts if name != "train" else [own])]
+    if raw_model.config.predict_ahead:
+        asked += [("val", own, shift) for shift in range(2, raw_model.config.max_shift + 1)]
+    return [{"split": name, "loops": loops, "shift": shift, **evaluate(splits[name], loops, shift)}
+            for name, loops, shift in asked]
+
+
+def add(total, parts):
+    """Sums and counts {name: (sum, count)} to others."""
+    for name, part in parts.items():
+        total[name] = total.get(name, 0) + part
+
+
+def means_of(total):
+    """{name: mean over the targets of all processes}."""
+    sums = torch.stack(list(total.values()))
+    if ddp:
+        dist.all_reduce(sums)
+    return {name: part / count for name, (part, count) in zip(total, sums.tolist())}
 
 
 @torch.no_grad()
@@ -364,8 +451,9 @@ def warnings_of(report):
 
 def table(rows):
     task = "exact" in rows[0]
+    shifts = {row["shift"] for row in rows} != {1}
     lines = [f"{'split':<6}{'loops':>8}{'loss':>9}{'bits/token':>12}{'bits/byte':>11}{'accuracy':>10}"
-             + f"{'exact':>9}  by level" * task]
+             + f"{'exact':>9}  by level" * task + "  tokens ahead" * shifts]
     for row in rows:
         loops = ",".join(map(str, row["loops"])) or "-"
         own = "*" if row["loops"] == rows[0]["loops"] else " "
@@ -373,7 +461,7 @@ def table(rows):
                 f"{row['bits_per_byte']:>11.4f}{row['accuracy']:>10.2%}")
         if task:
             line += f"{row['exact']:>9.2%}  " + " ".join(f"{n}:{share:.0%}" for n, share in row["by_level"].items())
-        lines.append(line)
+        lines.append(line + f"{row['shift']:>14}" * shifts)
     return "\n".join(lines)
 
 
@@ -390,29 +478,35 @@ def log(entry, text):
         wandb.log(entry, step=entry["iter"])
 
 
-def log_evaluation(rows):
+def log_evaluation(rows, parts):
     if not master:
         return
     report, as_json = watch(), json.dumps(rows) if eval_only else ""
     warnings = [f"warning: {words}\n" for words in warnings_of(report)] if iter_num else []  # before training all agree
-    text = f"\nstep {iter_num}\n{table(rows)}\n{''.join(warnings)}{as_json}"
-    log({"iter": iter_num, "eval": rows, "watch": report}, text)
+    details = f"objective on val: {in_words(parts)}\n" if parts else ""
+    text = f"\nstep {iter_num}\n{table(rows)}\n{details}{''.join(warnings)}{as_json}"
+    log({"iter": iter_num, "eval": rows, "objective": parts, "watch": report}, text)
 
 
-def log_step(loss, seconds, n_steps, loops, flops):
-    """One line on the last n_steps, which took so many seconds, loops (in all) and flops."""
+def in_words(means):
+    return ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+
+
+def log_step(parts, seconds, n_steps, loops, flops):
+    """One line on the last n_steps, which took so many seconds, loops (in all) and flops; parts of the objective."""
     seconds_per_step = seconds / n_steps
     tokens_per_second = tokens_per_iter / seconds_per_step
     mfu = flops / seconds / (peak * world_size) if peak else None
     left = time.strftime("%H:%M:%S", time.gmtime((max_iters - iter_num - 1) * seconds_per_step))
-    entry = {"iter": iter_num, "loss": loss, "lr": learning_rate * get_lr(iter_num), "ms": 1e3 * seconds_per_step}
+    entry = {"iter": iter_num, **parts, "lr": learning_rate * get_lr(iter_num), "ms": 1e3 * seconds_per_step}
     entry |= {"tokens_per_second": tokens_per_second, "mfu": mfu, "loops": loops / n_steps}
-    log(entry, f"iter {iter_num}: loss {loss:.4f}, {entry['ms']:.1f} ms, {tokens_per_second:,.0f} tokens/s, "
+    log(entry, f"iter {iter_num}: {in_words(parts)}, {entry['ms']:.1f} ms, {tokens_per_second:,.0f} tokens/s, "
                f"mfu {f'{mfu:.1%}' if mfu else 'n/a'}, loops {entry['loops']:.1f}, left {left}")
 
 
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-flops_of = functools.cache(raw_model.flops_per_token)
+rows_per_iter = gradient_accumulation_steps * batch_size
+tokens_per_iter = rows_per_iter * block_size
+flops_of = functools.cache(scored.flops_per_token)
 peak = peak_flops(device, dtype)
 log_path = Path(out_dir, "log.jsonl")
 if master:
@@ -432,13 +526,14 @@ if wandb_log and master:
 # -----------------------------------------------------------------------------
 # training
 micro_steps = gradient_accumulation_steps // world_size
-raw_model.train()
+detailed = objective != "next" or raw_model.config.n_ahead > 1
+scored.train()
 clock, since, loops_done, flops_done = time.perf_counter(), iter_num, 0, 0
 while True:
     if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
         paused = time.perf_counter()
         rows = evaluate_all()
-        log_evaluation(rows)
+        log_evaluation(rows, evaluate_objective() if detailed else {})
         val_loss = next(row["loss"] for row in rows if row["split"] == "val")
         better = val_loss < best_val_loss
         best_val_loss = min(val_loss, best_val_loss)
@@ -458,14 +553,20 @@ while True:
 
     # one step: the gradient of the global batch, in micro-steps
     torch.manual_seed(random_key(seed, iter_num, rank))
-    loops, loss_sum = get_loops(iter_num), 0.0
-    for micro_step in range(micro_steps):
-        model.require_backward_grad_sync = micro_step == micro_steps - 1  # DDP: all-reduce once
-        x, y = get_batch(iter_num, micro_step)
+    step, loops = get_step(iter_num)
+    targets = torch.stack([(shift_labels(y, shift) >= 0).sum() for _, y, _, shift in step]).sum()
+    if ddp:
+        dist.all_reduce(targets)
+    parts = {}
+    for micro_step, (x, y, depth, shift) in enumerate(step):
+        # DDP: all-reduce once, and average; bfloat16 gradients are summed outside, in float32
+        model.require_backward_grad_sync = micro_step == micro_steps - 1 or worker is not raw_model
         with autocast(device, dtype):
-            loss = model(x, y, n_loop=loops)[1] / micro_steps
-        loss.backward()
-        loss_sum += loss.detach()
+            loss, logged = model(x, y, depth, shift)
+        (loss * world_size / targets).backward()
+        add(parts, logged)
+        if worker is not raw_model:
+            to_masters()
     if grad_clip:
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
     for name, opt in optimizers.items():
@@ -476,17 +577,18 @@ while True:
     if iter_num % spectral_clip_interval == 0:
         for same in to_clip.values():
             torch._foreach_copy_(same, list(spectral_clip(torch.stack(same), spectral_clip_beta)))
+    if worker is not raw_model:
+        with torch.no_grad():
+            torch._foreach_copy_(list(worker.parameters()), list(raw_model.parameters()))
     if ema:
         ema.update_parameters(raw_model)
 
-    loops_done += sum(loops) / max(1, len(loops))
-    flops_done += flops_of(loops) * tokens_per_iter
+    loops_done += sum(map(sum, loops)) / max(1, len(loops) * len(loops[0]))
+    flops_done += sum(map(flops_of, loops)) / len(loops) * tokens_per_iter
     if iter_num % log_interval == 0:
-        if ddp:
-            dist.all_reduce(loss_sum, op=dist.ReduceOp.SUM)
-        loss = loss_sum.item() / world_size  # waits for the device, so the clock below is true
+        means = means_of(parts)  # waits for the device, so the clock below is true
         now = time.perf_counter()
-        log_step(loss, now - clock, iter_num + 1 - since, loops_done, flops_done)
+        log_step(means, now - clock, iter_num + 1 - since, loops_done, flops_done)
         clock, since, loops_done, flops_done = now, iter_num + 1, 0, 0
     iter_num += 1
     if bar:

@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models, and other work on the machine: two would wait for each other
 
 from dataset import write_dataset
 from model import GPT, GPTConfig

@@ -19,6 +19,9 @@ from dataset import load_meta, open_split
 
 NOISY = ("--dropout=0.2 --loop_noise_scale=1 --state_init=noise --loop_sampling=poisson --loop_warmup_iters=5 --optimizer=muon "
          "--ema_decay=0.9 --spectral_clip_beta=0.5 --recompute=loop").split()  # fmt: skip
+AHEAD = ("--predict_ahead --n_ahead=2 --loops_per_row --loop_sampling=uniform --bptt_k=1 --ema_decay=0.9 --param_dtype=bfloat16 "
+         "--loss_chunk=9 --lr_schedule=wsd --hold_iters=4 --weight_decay_all").split()  # fmt: skip
+GATE = "--objective=exit --exit_gate=mean_state --ema_decay=0.9 --recompute=block --loop_sampling=poisson".split()
 
 
 def log(folder):
@@ -197,7 +200,7 @@ def test_the_rows_of_a_task_set_the_block_size(task, tmp_path):
     assert run.code == 2 and "block_size=16" in run.err and "need 6" in run.err
 
 
-@pytest.mark.parametrize("options", [[], NOISY], ids=["plain", "noisy"])
+@pytest.mark.parametrize("options", [[], NOISY, AHEAD, GATE], ids=["plain", "noisy", "ahead", "gate"])
 def test_a_stopped_run_goes_on_bit_for_bit(corpus, tmp_path, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(corpus, whole, *options).code == 0

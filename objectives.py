@@ -1,0 +1,170 @@
+"""
+What training minimises, from the model's public pieces. With CE_t the next-token loss read out after loop t of n:
+
+    next         CE_n, and where the model has several heads the losses of those further ahead (arXiv 2404.19737)
+    deep         sum_t w_t CE_t: deep supervision
+    distill      CE_n + distill_weight * mean_{t<n} KL(p_n || p_t): the last loop teaches those before it
+    exit         sum_t p_t CE_t - entropy_weight * H(p), p from the exit gate (Ouro, arXiv 2510.25741, stage I)
+    exit_gate    the gate alone learns to go on while loops gain (Ouro, stage II)
+    confidence   CE_n, and the gate learns whether loop t already predicts what the last will (CALM, arXiv 2207.07061)
+
+Losses after several loops or of several heads are computed in chunks of tokens, and their logits anew in the backward
+pass, so that they never exist together. Shapes: N = B * T tokens, n loops.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from model import shift_labels
+
+
+class Objective(nn.Module):
+    """A model and what is minimised, one module for DDP. ValueError where the model cannot be trained so."""
+
+    def __init__(self, model, name="next", chunk=0, weighting="uniform", entropy_weight=0.1, distill_weight=0.5,
+                 ahead_weight=0.3):  # fmt: skip
+        super().__init__()
+        check(model.config, name)
+        self.model, self.chunk = model, chunk
+        self.score, self.exit_passes = OBJECTIVE[name]
+        self.weighting, self.entropy_weight = weighting, entropy_weight
+        self.distill_weight, self.ahead_weight = distill_weight, ahead_weight
+
+    def forward(self, idx, targets, n_loop=None, shift=1):
+        """The sum over targets (B, T) of what is minimised, and what to log: {name: tensor (sum, count)}."""
+        return self.score(self, idx, shift_labels(targets, shift), n_loop, shift)
+
+    def flops_per_token(self, n_loop=None):
+        """As the model's, with the heads and exits that are read out besides; what is computed anew is not counted."""
+        model, count = self.model, self.model.forward_flops
+        total = model.flops_per_token(n_loop) + 3 * (count(model.ahead) + len(model.ahead) * count(model.lm_head))
+        if self.exit_passes:
+            _, loop, n, after = model.around_the_loop(n_loop)
+            stages = [loop.exit, *(stage for stage, _ in after), model.lm_head]
+            total += self.exit_passes * (n - 1) * sum(map(count, stages))
+        return total
+
+    def in_chunks(self, function, *tensors):
+        """function of tokens (N, ..) -> (N,), a chunk at a time, each computed anew in the backward pass."""
+        tensors = [tensor.flatten(0, 1) for tensor in tensors]
+        parts = zip(*(tensor.split(self.chunk or len(tensor)) for tensor in tensors))
+        return torch.cat([recomputed(function, *part, use_reentrant=False) for part in parts])
+
+    def cross_entropy(self, x, targets):
+        """Of hidden states (.., C) and targets (..): (N,), 0 where there is no target."""
+        logits = self.model.logits(x).flatten(0, -2)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
+
+    def agree(self, x, last):
+        """Whether hidden states (N, C) have the same likeliest token as the last ones: (N,)."""
+        return (self.model.logits(x).argmax(-1) == self.model.logits(last).argmax(-1)).float()
+
+    def divergence(self, x, last):
+        """KL(p of the last hidden states || p of x), both (N, C): (N,)."""
+        p, q = (self.model.logits(part).float().log_softmax(-1) for part in (last, x))
+        return F.kl_div(q, p.detach(), reduction="none", log_target=True).sum(-1)
+
+    def exits(self, idx, n_loop, shift):
+        """States and last hidden states after each loop: two lists of n tensors (B, T, C)."""
+        return zip(*self.model.exits(idx, n_loop, shift))
+
+    def gates(self, states):
+        """(N, n) logits of stopping after each loop."""
+        return torch.cat([self.model.exit_gate(s) for s in states], dim=-1).float().flatten(0, 1)
+
+    def exit_losses(self, xs, targets):
+        """(N, n) next-token losses."""
+        return torch.stack([self.in_chunks(self.cross_entropy, x, targets) for x in xs], dim=-1)
+
+
+def next_token(self, idx, targets, n_loop, shift):
+    x, heads = self.model.hidden(idx, n_loop, shift=shift), self.model.ahead
+    whole = not (self.chunk or heads)
+    losses = self.cross_entropy(x, targets) if whole else self.in_chunks(self.cross_entropy, x, targets)
+    total, log = losses.sum(), {}
+    for number, head in enumerate(heads, 2):
+        further = shift_labels(targets, number)
+        loss = self.in_chunks(self.cross_entropy, head(x), further).sum()
+        total = total + self.ahead_weight / len(heads) * loss
+        log[f"head{number}"] = torch.stack((loss.detach(), (further >= 0).sum()))
+    return total, {"loss": summed(losses, targets), **log}
+
+
+def deep(self, idx, targets, n_loop, shift):
+    _, xs = self.exits(idx, n_loop, shift)
+    losses = self.exit_losses(xs, targets)
+    weights = WEIGHTING[self.weighting](torch.arange(1, len(xs) + 1, device=losses.device))
+    return (losses @ weights.to(losses) / weights.sum()).sum(), each_exit(losses, targets)
+
+
+def distill(self, idx, targets, n_loop, shift):
+    _, xs = self.exits(idx, n_loop, shift)
+    losses, counted = self.in_chunks(self.cross_entropy, xs[-1], targets), targets.flatten() >= 0
+    apart = [self.in_chunks(self.divergence, x, xs[-1].detach()) for x in xs[:-1]] or [torch.zeros_like(losses)]
+    apart = torch.stack(apart).mean(0) * counted
+    total = losses.sum() + self.distill_weight * apart.sum()
+    return total, {"loss": summed(losses, targets), "divergence": summed(apart, targets)}
+
+
+def exit_loss(self, idx, targets, n_loop, shift):
+    states, xs = self.exits(idx, n_loop, shift)
+    losses, counted = self.exit_losses(xs, targets), targets.flatten() >= 0
+    p = self.model.exit_distribution(states).float().flatten(0, 1)  # (N, n)
+    entropy = torch.special.entr(p).sum(-1) * counted
+    expected = (p * losses).sum(-1)
+    loops = (p @ torch.arange(1.0, p.size(-1) + 1, device=p.device)) * counted
+    log = {"expected": summed(expected, targets), "entropy": summed(entropy, targets), "loops": summed(loops, targets)}
+    return (expected - self.entropy_weight * entropy).sum(), {**each_exit(losses, targets), **log}
+
+
+def gate_only(self, idx, targets, n_loop, shift):
+    with torch.no_grad():
+        states, xs = self.exits(idx, n_loop, shift)
+        losses = self.exit_losses(xs, targets)
+    gained = (losses[:, :-1] - losses[:, 1:]).clamp(min=0)
+    go_on = torch.sigmoid(50 * (gained - 0.005))  # (N, n - 1): the paper's slope and least gain
+    wrong = F.binary_cross_entropy_with_logits(-self.gates(states)[:, 1:], go_on, reduction="none").sum(-1)
+    wrong = wrong / len(states) * (targets.flatten() >= 0)
+    return wrong.sum(), {**each_exit(losses, targets), "gate": summed(wrong, targets)}
+
+
+def confidence(self, idx, targets, n_loop, shift):
+    states, xs = self.exits(idx, n_loop, shift)
+    losses, counted = self.in_chunks(self.cross_entropy, xs[-1], targets), targets.flatten() >= 0
+    with torch.no_grad():
+        same = torch.stack([self.in_chunks(self.agree, x, xs[-1]) for x in xs], dim=-1)[:, :-1]  # (N, n - 1)
+    stop = self.gates([s.detach() for s in states])[:, :-1]
+    wrong = F.binary_cross_entropy_with_logits(stop, same, reduction="none").sum(-1) / max(1, len(xs) - 1) * counted
+    return losses.sum() + wrong.sum(), {"loss": summed(losses, targets), "gate": summed(wrong, targets)}
+
+
+def summed(losses, targets):
+    """(sum, count) of what has a value for each target, 0 where there is none."""
+    return torch.stack((losses.detach().sum(), (targets >= 0).sum()))
+
+
+def each_exit(losses, targets):
+    """That after the last loop first, then those before it."""
+    log = {f"exit{number}": summed(loss, targets) for number, loss in enumerate(losses.unbind(-1)[:-1], 1)}
+    return {"loss": summed(losses[:, -1], targets), **log}
+
+
+WEIGHTING = {"uniform": torch.ones_like, "linear": lambda t: t}  # of the losses after loops t = 1 .. n
+OBJECTIVE = {  # and how often each exit but the last is passed: forward alone, or backward too, which costs twice that
+    "next": (next_token, 0), "deep": (deep, 3), "distill": (distill, 3), "exit": (exit_loss, 3),
+    "exit_gate": (gate_only, 1), "confidence": (confidence, 1),
+}
+GATED = ("exit", "exit_gate", "confidence")  # those that train the exit gate
+
+
+def check(config, name):
+    if name not in OBJECTIVE:
+        raise ValueError(f"objective={name!r}: must be one of {', '.join(OBJECTIVE)}")
+    if name != "next" and not config.groups:
+        raise ValueError(f"objective={name!r}: must be next where nothing is looped")
+    if name in GATED and config.exit_gate == "none":
+        raise ValueError(f"objective={name!r}: needs a gate, --exit_gate=state or mean_state")
+    if name != "next" and config.n_ahead > 1:
+        raise ValueError(f"n_ahead={config.n_ahead}: must be 1 with objective={name!r}")
