@@ -316,6 +316,7 @@ def pieces(family, config, tensors, layers):
 
 
 IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "freqs_cis")  # masks and tables, not weights
+ADDED = ("exit_gate.", "ahead.", "prefix.")  # what may be laid over a finished model: at first 0, which changes nothing
 CHUNK = 2**22  # values read at a time
 
 
@@ -356,7 +357,11 @@ def assemble(args, family, stored, layers=(), **overrides):
     config, layers, folded = fold(source, layers, overrides)
     model = hollow(config)
     tensors = untied(config, {name: torch.empty(t.shape) for name, t in model.state_dict().items()})
-    new = {name for name in tensors if folded and name.startswith(("transformer.loops.", "exit_gate."))}
+    new = {name for name in tensors if folded and name.startswith("transformer.loops.")}
+    added = [name for name in tensors if name.startswith(ADDED)]
+    new |= {*added} - (shapes(source).keys() if added else set())
+    for name in new:
+        tensors[name].zero_()
     parts = list(pieces(family, config, {name: t for name, t in tensors.items() if name not in new}, layers))
     known = {part.theirs for part in parts} | ({"lm_head.weight"} if config.tie_weights else set())
     if folded:  # the layers that are left out are no strangers
@@ -433,9 +438,6 @@ def pass_through(model):
             module.init()
         elif isinstance(module, nn.Linear):  # the exit
             nn.init.eye_(module.weight)
-    if model.config.exit_gate != "none":
-        for p in model.exit_gate.parameters():
-            nn.init.zeros_(p)
 
 
 # -----------------------------------------------------------------------------
@@ -571,7 +573,7 @@ def spelt_out(config):
 TRAINING = ("dropout", "init", "loop_sampling", "bptt_k", "loop_noise_scale", "max_loops")
 LOOP = ("input_injection", "state_init", "loop_norm", "loop_embedding", "loop_entry", "loop_exit")
 ROPE = ("rope_base", "rope_pairs", "rope_scaling")
-NEVER = ("residual_share", "n_latent")  # of options that no family but ours has
+NEVER = ("residual_share", "n_latent", "max_shift", "label_shift_prob")  # of options that no family but ours has
 
 
 def expresses(family, config):

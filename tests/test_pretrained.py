@@ -633,3 +633,20 @@ def test_our_own_plain_checkpoint_is_folded_too(tmp_path):
     want = logits(load(tmp_path, layers=(0, 2, 3)), tokens())
     assert torch.equal(logits(load(tmp_path, n_prelude=1, n_block=1, n_coda=1, n_loop=5), tokens(), n_loop=1), want)
     assert torch.equal(logits(load(tmp_path, loop_groups=((1, 2),), n_loop=5), tokens(), n_loop=1), logits(model, tokens()))
+
+
+@pytest.mark.parametrize("options", [dict(exit_gate="mean_state"), dict(n_ahead=3)], ids=str)
+def test_a_finished_model_may_be_given_a_gate_or_more_heads(tmp_path, options):
+    """They begin so that nothing changes, and are kept by export and load."""
+    model, idx = build(spread=0.1), tokens()
+    export(model, tmp_path / "old")
+    more = load(tmp_path / "old", **options)
+    assert torch.equal(more(idx, idx)[0], model(idx, idx)[0])
+    added = [p for name, p in more.named_parameters() if name.startswith(("exit_gate.", "ahead."))]
+    assert added and not any(p.any() for p in added)
+    with torch.no_grad():
+        for p in added:
+            p.normal_()
+    export(more, tmp_path / "new")
+    for (name, a), b in zip(more.named_parameters(), load(tmp_path / "new").parameters(), strict=True):
+        assert torch.equal(a, b), name
