@@ -43,7 +43,7 @@ start = ""  # the text that is looked at, or FILE:prompt.txt; "": the beginning 
 length = 64  # tokens of validation to look at where there is no start
 repeats = 1  # the text so often in a row
 tokens = ()  # which of its tokens to follow, such as 0,5,-1; (): six in the trajectories, all in the residual stream
-n_loop = 0  # loops of every group in states, exits and lens; 0: twice as many as configured
+n_loop = 0  # loops of every group in states, exits and lens; 0: as many as training goes up to
 exit_rule = "KL"  # of the text coloured by exits: state, KL, entropy, argmax, gate
 exit_threshold = 0.01  # of exit_rule
 maps = ()  # attention maps of these passes through a block, counted from 0 in the order of the forward pass
@@ -80,7 +80,7 @@ class Run(NamedTuple):
     decode: object  # id -> text
 
 
-def open_run(source):
+def open_run(source, name):
     """ValueError that names what is wrong with it."""
     saved = checkpoint.exists(source) or Path(source).is_file()
     ckpt = checkpoint.load(source) if saved else {}
@@ -98,7 +98,7 @@ def open_run(source):
     ids = check_text(ids * repeats, model)
     earlier = previous(Path(source), ckpt)
     shown = {i: visible(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)}.get
-    return Run(str(source), model, read_log(Path(source)), ckpt.get("iter_num"), earlier, split, why,
+    return Run(name, model, read_log(Path(source)), ckpt.get("iter_num"), earlier, split, why,
                torch.tensor([ids], device=device), [shown(i) for i in ids], shown)
 
 
@@ -180,13 +180,15 @@ with clear_errors():
     sources = list(dict.fromkeys(filter(None, compare.split(",")))) or [out_dir]
     if not to and not Path(sources[0]).is_dir():
         raise ValueError(f"--to needs a value, the folder to write: {sources[0]} is none")
-    runs = [open_run(source) for source in sources]
+    names = [Path(source).name for source in sources]
+    short = len({*names}) == len(names)  # else the whole path tells them apart
+    runs = [open_run(source, name if short else source) for source, name in zip(sources, names)]
     folder = Path(to or Path(sources[0], "analysis"))
     folder.mkdir(parents=True, exist_ok=True)
     parts = {}  # the looped groups of all runs by name: (run, group, loops, what look gives)
     for run in runs:
-        for group, count in enumerate(counts := run.model.config.counts()):
-            name, n = run.name + f", group {group}" * (len(counts) > 1), n_loop or 2 * count
+        for group, (_, most) in enumerate(trained := figures.trained_range(run.model.config)):
+            name, n = run.name + f", group {group}" * (len(trained) > 1), n_loop or int(most)
             parts[name] = run, group, n, figures.look(run.model, run.idx, group, n)
             if not parts[name][3][0].isfinite().all():
                 raise ValueError(f"{name}: the states of {n} loops are not finite, try a smaller --n_loop")
@@ -251,7 +253,7 @@ def places(run, default):
     return chosen, [f"{i} {run.texts[i]}" for i in chosen]
 
 
-title = "Analysis of " + ", ".join(sources)
+title = "Analysis of " + ", ".join(run.name for run in runs)
 add(head, "title", title)
 add(head, "style", (Path(__file__).parent / "assets" / "page.css").read_text("utf-8"))
 add(body, "h1", title)
@@ -275,7 +277,7 @@ if logs:
     picture("curves", caption, figures.draw_curves(logs), logs)
 for run in runs:
     if not run.log:
-        left_out("training curves", run.name, f"there is no {Path(run.name, 'log.jsonl')}")
+        left_out("training curves", run.name, "there is no log.jsonl")
 
 # -----------------------------------------------------------------------------
 # loss against loops, on the windows that train.py evaluates when it is given as many
@@ -314,8 +316,8 @@ if parts:
         six = np.linspace(0, len(run.texts) - 1, min(6, len(run.texts))).astype(int).tolist()
         chosen, texts[name] = places(run, six)
         paths[name] = figures.trajectories(states, chosen)
-    caption = "The states of some tokens from loop to loop, in the two directions in which they differ most; the last " \
-              "loop is the large sign."
+    caption = "The states of some tokens from loop to loop, in the two directions in which they differ most; the " \
+              "last is large."
     picture("trajectories", caption, figures.draw_trajectories(paths, texts), paths)
 
 add(body, "h2", "Residual stream")
@@ -323,7 +325,7 @@ paths, texts = {}, {}
 for run in runs:
     chosen, texts[run.name] = places(run, list(range(len(run.texts))))
     paths[run.name] = figures.residual_stream(run.model, run.idx, chosen)
-caption = "The residual stream of each token from the embedding (dark) through every pass of a block (to light), in the " \
+caption = "The residual stream of each token from the embedding (dark) to the last pass of a block (light), in the " \
           "two directions in which it differs most."
 picture("residual", caption, figures.draw_residual(paths, texts), paths)
 
@@ -331,17 +333,18 @@ picture("residual", caption, figures.draw_residual(paths, texts), paths)
 # how many loops a token needs
 if parts:
     add(body, "h2", "Loops a token needs")
-    add(body, "p", "A token stops after the first loop by which little has changed any more. All of this is measured on "
-                   "the full forward pass: what is read out after a loop has seen all tokens stop there.")
+    add(body, "p", "A token stops after the first loop that changes little any more. This is measured on full forward "
+                   "passes: what is read out after a loop has seen all tokens stop there.")
 for name, (run, group, n, _) in parts.items():
     course = figures.exit_course(run.model, run.idx, run.idx, group, n)
     depths = figures.exit_depths(course[exit_rule], exit_threshold)
     add(body, "h3", f"{name}: the text by the loops of each token, {exit_rule} below {exit_threshold:g}")
-    for shown, style in ((range(1, n + 1), "key"), (None, "text")):
-        line = add(body, "p", **{"class": style})
-        pairs = [(str(d), d) for d in shown if d in depths] if shown else zip(run.texts, depths)
-        for text, depth in pairs:
-            add(line, "span", text, style=colours((depth - 1) / max(1, n - 1)), title=f"{depth} loops")
+    low, high = depths.min(), depths.max()
+    key = [(f"{depth} loops", depth) for depth in range(low, high + 1)]
+    for kind, spans in ("key", key), ("text", zip(run.texts, depths)):
+        line = add(body, "p", **{"class": kind})
+        for text, depth in spans:
+            add(line, "span", text, style=colours((depth - low) / max(1, high - low)), title=f"{depth} loops")
     with open(folder / f"exits_{list(parts).index(name)}.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("token", "text", "loops"), *zip(range(len(depths)), run.texts, depths)])
 found = {name: figures.exits(figures.exit_course(run.model, *scored[run.name], group, n))
@@ -349,8 +352,8 @@ found = {name: figures.exits(figures.exit_course(run.model, *scored[run.name], g
 if found:
     caption = "Share of validation's tokens that stop after so many loops, by criterion and threshold."
     picture("exits", caption, figures.draw_exits(found), found)
-    caption = "What stopping early costs: loss against the mean number of loops, over the thresholds of each criterion, " \
-              "and with the same number for all tokens."
+    caption = "What stopping early costs: loss against mean loops, over the thresholds of each criterion, and with " \
+              "the same loops for all tokens."
     picture("pareto", caption, figures.draw_pareto(found), found)
     rows = [(name, rule, f"{t:.2g}", f"{loops:.2f}", f"{loss:.4f}", f"{loss - data['fixed loss'][-1]:+.4f}")
             for name, data in found.items() for rule in figures.THRESHOLDS if f"{rule} loss" in data
@@ -366,16 +369,15 @@ for run in runs:
     known = int(min(run.model.config.vocab_size, 50257 if run.split is None else run.split.vocab_size))
     repeated = min(64, run.model.block_size // 2)
     attended[run.name] = figures.attention(run.model, x, known, repeated)
-caption = "Every head of every pass through a block: how far back it looks, how spread out, how much at the first token, " \
-          "and how much at what followed the same token before (induction, on random tokens twice in a row)."
+caption = "Every head of every pass through a block: how far back it looks, how spread out, how much at the first " \
+          "token, and how much at what followed the same token before (induction, on random tokens twice in a row)."
 picture("attention", caption, figures.draw_attention(attended), attended)
 caption = "Share of attention by distance."
 picture("distances", caption, figures.draw_distances(attended), attended)
 for number, run in enumerate(runs):
     for i, (name, weights) in zip(maps, figures.attention_maps(run.model, run.idx, maps).items()):
-        caption = f"Attention of {run.name}, block {name}, on the text, from the token of the row to that of the column."
-        picture(f"map_{number}_{i}", caption, figures.draw_maps(f"block {name}", weights, run.texts),
-                {run.name: {name: weights}})
+        caption = f"Attention of {run.name}, block/loop {name}, from the text's token of the row to that of the column."
+        picture(f"map_{number}_{i}", caption, figures.draw_maps(weights, run.texts), {run.name: {name: weights}})
 
 # -----------------------------------------------------------------------------
 # spectra
@@ -385,9 +387,9 @@ if parts:
     for run in dict.fromkeys(run.name for run, *_ in parts.values()):
         run = next(r for r in runs if r.name == run)
         spectra[run.name] = figures.spectra(run.model, run.earlier and run.earlier[0], spectral_clip_beta)
-        before = f"dotted: {run.earlier[1]:,} steps" if run.earlier else "no earlier checkpoint"
-        add(body, "p", f"{run.name}: solid {'' if run.steps is None else f'after {run.steps:,} steps'}, {before}, dashed: "
-                       f"what spectral_clip_beta={spectral_clip_beta:g} would leave.")
+        before = f"dotted: as it was after {run.earlier[1]:,} steps" if run.earlier else "no earlier checkpoint"
+        add(body, "p", f"{run.name}: solid: as it is, {before}, dashed: what spectral_clip_beta={spectral_clip_beta:g} "
+                       "would leave.")
     caption = "Singular values, largest first, of the matrices inside the loops."
     picture("spectra", caption, figures.draw_spectra(spectra), spectra)
 
@@ -397,22 +399,22 @@ if parts:
     add(body, "h2", "Predictions after every loop")
     lines = [("run", "loop", "token", "text", "rank", "prediction", "probability")]
 for name, (run, group, n, (_, likeliest, probabilities)) in parts.items():
-    shown = figures.loops_to_try(n, 12)
-    trained = run.model.config.counts()[group]
-    titles = [f"{i} (configured)" if i == trained else str(i) for i in shown]
-    add(body, "h3", f"{name}: the likeliest next tokens after the text")
-    rows = [[title, *(f"{run.decode(int(t), '')} {p:.1%}" for t, p in zip(likeliest[i - 1, -1], probabilities[i - 1, -1]))]
-            for i, title in zip(shown, titles)]
-    table(("loop", *(f"rank {rank + 1}" for rank in range(likeliest.shape[2]))), rows,
-          [[None, *probabilities[i - 1, -1]] for i in shown])
+    def said(i, t, rank, run=run, likeliest=likeliest, probabilities=probabilities):
+        return f"{run.decode(int(likeliest[i - 1, t, rank]), '')} {probabilities[i - 1, t, rank]:.0%}"
+
+    shown, T = figures.loops_to_try(n, 12), len(run.texts)
+    titles = [f"{i}*" if i == run.model.config.counts()[group] else str(i) for i in shown]
+    ranks, last = range(likeliest.shape[2]), range(max(0, T - 12), T)
+    add(body, "h3", f"{name}: the likeliest tokens after the text (*: loops as configured)")
+    rows = [[title, *(said(i, T - 1, rank) for rank in ranks)] for i, title in zip(shown, titles)]
+    table(("loop", *(f"rank {rank + 1}" for rank in ranks)), rows, [[None, *probabilities[i - 1, -1]] for i in shown])
     add(body, "h3", f"{name}: the likeliest token after each of the last")
-    last = range(max(0, len(run.texts) - 12), len(run.texts))
-    rows = [[f"{t} {run.texts[t]}", *(f"{run.decode(int(likeliest[i - 1, t, 0]), '')} {probabilities[i - 1, t, 0]:.0%}"
-             for i in shown)] for t in last]
-    table(("after token", *(f"loop {title}" for title in titles)), rows,
-          [[None, *(probabilities[i - 1, t, 0] for i in shown)] for t in last])
-    lines += [(name, i + 1, t, run.texts[t], rank + 1, run.decode(int(likeliest[i, t, rank]), ""), probabilities[i, t, rank])
-              for i, t, rank in np.ndindex(likeliest.shape)]
+    rows = [[f"{t} {run.texts[t]}", *(said(i, t, 0) for i in shown)] for t in last]
+    shares = [[None, *(probabilities[i - 1, t, 0] for i in shown)] for t in last]
+    table(("after token", *(f"loop {title}" for title in titles)), rows, shares)
+    for i, t, rank in np.ndindex(likeliest.shape):
+        word = run.decode(int(likeliest[i, t, rank]), "")
+        lines.append((name, i + 1, t, run.texts[t], rank + 1, word, probabilities[i, t, rank]))
 if parts:
     with open(folder / "lens.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)

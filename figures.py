@@ -49,10 +49,10 @@ def depth_sweep(model, x, y, loops, tokens_per_byte):
 
 
 def trained_range(config):
-    """Between which numbers of loops nine in ten draws of training lie."""
+    """Between which numbers of loops nine in ten draws of training lie, for each group, (groups, 2)."""
     generator = torch.Generator().manual_seed(0)
-    draws = [n for _ in range(1000) for n in sample_loops(config, generator)]
-    return np.quantile(draws, (0.05, 0.95)) if draws else np.zeros(2)
+    draws = np.array([sample_loops(config, generator) for _ in range(1000)])
+    return np.quantile(draws, (0.05, 0.95), axis=0).astype(int).T
 
 
 def loops_to_try(most, count=16):
@@ -144,11 +144,11 @@ def residual_stream(model, idx, chosen):
 
 
 def passes(config):
-    """Names of a forward pass's passes through a block: the block, and where it is looped the loop, from 1."""
+    """Names of a forward pass's passes through a block: its number, or block/loop, the loop from 1, where looped."""
     counts, names = iter(config.counts()), []
     for blocks, looped in config.stages:
         for i in range(next(counts) if looped else 1):
-            names += [f"{block}, loop {i + 1}" if looped else f"{block}" for block in blocks]
+            names += [f"{block}/{i + 1}" if looped else f"{block}" for block in blocks]
     return names
 
 
@@ -164,6 +164,7 @@ THRESHOLDS = {
 }
 
 
+@torch.no_grad()
 def exit_course(model, x, y, group, n):
     """Losses (n, tokens) of windows x, y (N, T) read out after each loop, and by criterion how unsettled, (n, tokens).
     """
@@ -355,6 +356,11 @@ def legend(figure, axes):
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, max(1, len(names))), fontsize="small")
 
 
+def of(run, runs, what=""):
+    """The title of a panel: what it shows, and of which run where there are several."""
+    return ": ".join(filter(None, (run if len(runs) > 1 else "", what)))
+
+
 def name_axes(axes, x, y, title=""):
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -366,6 +372,11 @@ def whole_numbers(axis):
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+
+
+def powers_of_two(axes):
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def heat(figure, axes, values, x, y, title, unit, **limits):
@@ -410,7 +421,7 @@ def draw_curves(runs):
         name_axes(panel, "step", unit)
     axes[1, 2].set_axis_off()
     handles, names = axes[0, 0].get_legend_handles_labels()
-    axes[1, 2].legend(handles, names, loc="center", title="thin: training\nmarkers: validation", fontsize="small")
+    axes[1, 2].legend(handles, names, loc="center", title="pale: training\nmarkers: validation", fontsize="small")
     return figure
 
 
@@ -422,15 +433,13 @@ def draw_sweep(runs):
     figure, axes = grid(1, 3, height=3)
     for panel, (name, unit) in zip(axes.flat, SWEEP):
         for i, (run, data) in enumerate(runs.items()):
-            low, high = data["trained"]
-            seen = np.linspace(low, high, 50)
-            panel.plot(seen, np.interp(seen, data["loops"], data[name]), color=COLOURS[i % 7], linewidth=9, alpha=0.3,
-                       solid_capstyle="round")
+            seen = np.geomspace(data["trained"].min(), data["trained"].max(), 50)
+            drawn = np.interp(np.log(seen), np.log(data["loops"]), data[name])
+            panel.plot(seen, drawn, color=COLOURS[i % 7], linewidth=9, alpha=0.3, solid_capstyle="round")
             panel.plot(data["loops"], data[name], **style(i), label=label(run))
             place = np.mean(data["configured"]), data[f"configured_{name}"]
             panel.plot(*place, "*", color=COLOURS[i % 7], markersize=13, markeredgecolor="white")
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter("{x:g}")
+        powers_of_two(panel)
         name_axes(panel, "loops", unit)
     legend(figure, axes[0, 0])
     return figure
@@ -444,7 +453,7 @@ def draw_trajectories(runs, texts):
             path = data["points"][:, i]
             panel.plot(*path.T, **style(i), linewidth=1, label=label(text))
             panel.plot(*path[-1], marker=MARKERS[i % 8], color=COLOURS[i % 7], markersize=9, markeredgecolor="black")
-        name_axes(panel, *component_names(data["share"]), run)
+        name_axes(panel, *component_names(data["share"]), of(run, runs))
         panel.legend(fontsize="x-small")
     return figure
 
@@ -453,21 +462,22 @@ def component_names(share):
     return [f"component {i + 1} ({part:.0%} of variance)" for i, part in enumerate(share)]
 
 
-STATES = (("change", "change by a loop (share of norm)"), ("distance", "distance to the last (share of norm)"),
-          ("norm", "norm of the state"), ("correlation", "cosine between tokens"))
+STATES = (("change", "change by the loop", "share of the norm"),
+          ("distance", "distance to the last", "share of the norm"),
+          ("norm", "norm", "norm"), ("correlation", "tokens alike", "mean cosine"))
 
 
 def draw_states(runs):
     """runs: {name: state_measures}. Bands: eight in ten tokens."""
     figure, axes = grid(2, 2, width=4.5)
-    for panel, (name, unit) in zip(axes.flat, STATES):
+    for panel, (name, title, unit) in zip(axes.flat, STATES):
         for i, (run, data) in enumerate(runs.items()):
             values = np.atleast_2d(data[name])
             loops = np.arange(values.shape[1]) + (2 if name == "change" else 1)
             panel.plot(loops, values[0], **style(i), label=label(run))
             if len(values) > 1:
                 panel.fill_between(loops, *values[1:], color=COLOURS[i % 7], alpha=0.15, linewidth=0)
-        name_axes(panel, "loop", unit)
+        name_axes(panel, "loop", unit, title)
         panel.set_yscale("log" if name in ("change", "distance") else "linear")
         whole_numbers(panel.xaxis)
     legend(figure, axes[0, 0])
@@ -484,9 +494,9 @@ def draw_residual(runs, texts):
             dots = panel.scatter(*path.T, c=depth, cmap="cividis", s=12, zorder=2)
             if len(texts[run]) <= 24:
                 panel.annotate(label(text), path[-1], fontsize="xx-small", xytext=(3, 2), textcoords="offset points")
-        bar = figure.colorbar(dots, ax=panel, label="embedding, then behind block")
+        bar = figure.colorbar(dots, ax=panel, label="embedding, then behind block/loop")
         name_ticks(bar.ax.yaxis, ["embedding", *data["passes"]])
-        name_axes(panel, *component_names(data["share"]), run)
+        name_axes(panel, *component_names(data["share"]), of(run, runs))
     return figure
 
 
@@ -496,17 +506,15 @@ UNITS = {"state": "change of the state (share of norm)", "KL": "KL (nats)", "ent
 
 def draw_exits(runs):
     """runs: {name: exits}. Share of tokens by their loops (columns) at each threshold (rows), a map by criterion."""
-    names = [name for name in UNITS if any(f"{name} share" in data for data in runs.values())]
-    figure, axes = grid(len(runs), len(names), width=3.1, height=3)
-    for row, (run, data) in zip(axes, runs.items()):
-        for panel, name in zip(row, names):
-            if f"{name} share" not in data:
-                panel.set_axis_off()
-                continue
-            share, thresholds = data[f"{name} share"], data[f"{name} threshold"]
-            heat(figure, panel, share, "loops", UNITS[name], f"{run}: {name}", "share of tokens", vmin=0, vmax=1)
-            name_ticks(panel.yaxis, [f"{threshold:.2g}" for threshold in thresholds], 9)
-            name_ticks(panel.xaxis, [str(i + 1) for i in range(share.shape[1])], 8)
+    shown = [(run, name) for run, data in runs.items() for name in UNITS if f"{name} share" in data]
+    figure, axes = grid(-(-len(shown) // 2), 2, width=4.5, height=2.7)
+    for panel in axes.flat[len(shown) :]:
+        panel.set_axis_off()
+    for panel, (run, name) in zip(axes.flat, shown):
+        share, thresholds = runs[run][f"{name} share"], runs[run][f"{name} threshold"]
+        heat(figure, panel, share, "loops", "threshold", of(run, runs, UNITS[name]), "share of tokens", vmin=0)
+        name_ticks(panel.yaxis, [f"{threshold:.2g}" for threshold in thresholds], 9)
+        name_ticks(panel.xaxis, [str(i + 1) for i in range(share.shape[1])])
     return figure
 
 
@@ -518,8 +526,11 @@ def draw_pareto(runs):
         panel.plot(np.arange(len(fixed)) + 1, fixed, **style(6) | {"marker": "."}, label="same loops for all")
         for i, name in enumerate(name for name in UNITS if f"{name} loss" in data):
             panel.plot(data[f"{name} loops"], data[f"{name} loss"], **style(i), label=name)
-        name_axes(panel, "mean loops of a token", "loss (nats/token)", run)
-        whole_numbers(panel.xaxis)
+        losses = np.concatenate([data[f"{name} loss"] for name in UNITS if f"{name} loss" in data])
+        low, high = min(losses.min(), fixed.min()), losses.max()
+        panel.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low) + 1e-6)  # one loop alone is far above
+        name_axes(panel, "mean loops of a token", "loss (nats/token)", of(run, runs))
+        powers_of_two(panel)
         panel.legend(fontsize="small")
     return figure
 
@@ -531,10 +542,10 @@ def draw_attention(runs):
     """runs: {name: attention}. A column a run, a row a measure, on one scale; in each map a row a head."""
     figure, axes = grid(len(ATTENTION), len(runs), width=5 if len(runs) > 1 else 7, height=2)
     for row, (name, unit) in zip(axes, ATTENTION):
-        top = 1 if unit == "share" else max(data[name].max() for data in runs.values())
+        top = max(0.1, *(data[name].max() for data in runs.values()))  # less than a tenth is nothing
         for panel, (run, data) in zip(row, runs.items()):
-            heat(figure, panel, data[name].T, "block", "head", f"{run}: {name}", unit, vmin=0, vmax=top)
-            name_ticks(panel.xaxis, data["passes"], 6)
+            heat(figure, panel, data[name].T, "block/loop", "head", of(run, runs, name), unit, vmin=0, vmax=top)
+            name_ticks(panel.xaxis, data["passes"])
             whole_numbers(panel.yaxis)
     return figure
 
@@ -545,8 +556,8 @@ def draw_distances(runs):
     figure, axes = grid(1, len(runs), width=6, height=min(12, max(3.2, 0.14 * rows)))
     for panel, (run, data) in zip(axes.flat, runs.items()):
         shares = data["by distance"]  # (P, H, bins)
-        heat(figure, panel, shares.reshape(-1, shares.shape[2]), "distance (tokens)", "block, its heads in rows", run,
-             "share of attention", vmin=0, vmax=1)
+        heat(figure, panel, shares.reshape(-1, shares.shape[2]), "distance (tokens)", "block/loop, a row a head",
+             of(run, runs), "share of attention", vmin=0)
         ranges = ["0", "1", *(f"{2**i}-{2 ** (i + 1) - 1}" for i in range(1, shares.shape[2] - 1))]
         name_ticks(panel.xaxis, ranges)
         every, heads = -(-len(shares) // 24), shares.shape[1]
@@ -554,12 +565,15 @@ def draw_distances(runs):
     return figure
 
 
-def draw_maps(name, weights, texts):
+def draw_maps(weights, texts):
     """weights (H, T, T) of one pass: a map a head, from the token of the row to that of the column."""
+    from matplotlib.colors import PowerNorm
+
     columns = min(4, len(weights))
     figure, axes = grid(-(-len(weights) // columns), columns, width=3.4, height=3.2)
     for head, (panel, map_) in enumerate(zip(axes.flat, weights)):
-        heat(figure, panel, map_, "to token", "from token", f"{name}: head {head}", "share", vmin=0, vmax=1)
+        scale = PowerNorm(0.5, 0, weights.max())
+        heat(figure, panel, map_, "to token", "from token", f"head {head}", "share of attention", norm=scale)
         if len(texts) <= 32:
             name_ticks(panel.xaxis, texts, 32)
             name_ticks(panel.yaxis, texts, 32)
@@ -573,20 +587,22 @@ WHEN = {"before": dict(linestyle=":", alpha=0.8), "now": dict(linestyle="-"), "c
 
 
 def draw_spectra(runs):
-    """runs: {name: spectra}. A row a run, a column a kind of matrix; dotted before, dashed clipped; a colour a block."""
-    kinds = list(dict.fromkeys(key.split(":")[0] for data in runs.values() for key in data if ":" in key))
-    figure, axes = grid(len(runs), len(kinds), width=3, height=2.8)
-    for row, (run, data) in zip(axes, runs.items()):
-        for panel, kind in zip(row, kinds):
-            keys = [key for key in data if key.startswith(f"{kind}:")]
-            blocks = list(dict.fromkeys(key.split(":")[1] for key in keys))
-            for key in keys:
-                _, block, when = key.split(":")
-                panel.plot(data[key], color=COLOURS[blocks.index(block) % 7], **WHEN[when], linewidth=1.3,
-                           label=f"{'group' if kind == 'inject' else 'block'} {block} {when}")
-            panel.axhline(data["beta"], color="0.5", linewidth=0.8)
-            name_axes(panel, "number", "singular value", f"{run}: {kind}")
-            panel.legend(fontsize="xx-small")
+    """runs: {name: spectra}. A panel a kind of matrix, a colour a block; dotted before, dashed clipped."""
+    panels = list(dict.fromkeys((run, key.split(":")[0]) for run, data in runs.items() for key in data if ":" in key))
+    figure, axes = grid(-(-len(panels) // 3), 3)
+    for panel in axes.flat[len(panels) :]:
+        panel.set_axis_off()
+    for panel, (run, kind) in zip(axes.flat, panels):
+        keys = [key for key in runs[run] if key.startswith(f"{kind}:")]
+        blocks = list(dict.fromkeys(key.split(":")[1] for key in keys))
+        for key in keys:
+            _, block, when = key.split(":")
+            name = f"{'group' if kind == 'inject' else 'block'} {block}" if when == "now" else None
+            colour = COLOURS[blocks.index(block) % 7]
+            panel.plot(runs[run][key], color=colour, **WHEN[when], linewidth=1.3, label=name)
+        panel.axhline(runs[run]["beta"], color="0.5", linewidth=0.8)
+        name_axes(panel, "number", "singular value", of(run, runs, kind))
+        panel.legend(fontsize="x-small")
     return figure
 
 
