@@ -97,7 +97,10 @@ def open_run(source, name):
     ids = tokenizer.encode(text_of(start)) if start else split.tokens[: min(length, model.block_size)].tolist()
     ids = check_text(ids * repeats, model)
     earlier = previous(Path(source), ckpt)
-    shown = {i: visible(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)}.get
+
+    def shown(i):  # what is beyond the tokenizer is padding
+        return visible(tokenizer.decode([i])) if i < tokenizer.vocab_size else ""
+
     return Run(name, model, read_log(Path(source)), ckpt.get("iter_num"), earlier, split, why,
                torch.tensor([ids], device=device), [shown(i) for i in ids], shown)
 
@@ -192,7 +195,7 @@ with clear_errors():
             parts[name] = run, group, n, figures.look(run.model, run.idx, group, n)
             if not parts[name][3][0].isfinite().all():
                 raise ValueError(f"{name}: the states of {n} loops are not finite, try a smaller --n_loop")
-    if exit_rule == "gate" and not all(run.model.config.exit_gate for run, *_ in parts.values()):
+    if exit_rule == "gate" and not all(run.model.config.exit_gate != "none" for run, *_ in parts.values()):
         raise ValueError("exit_rule=gate: must be another one for a model without exit_gate")
 
 # -----------------------------------------------------------------------------
@@ -266,7 +269,7 @@ for run in runs:
 table(("run", "parameters", "blocks", "looped blocks x loops", "passes", "attention", "training steps"), rows)
 for run in runs:
     if not run.model.config.groups:
-        left_out("states over loops, exits, spectra and lens", run.name, "nothing in this model is looped")
+        left_out("the depth sweep, states over loops, exits, spectra and lens", run.name, "nothing in it is looped")
 
 # -----------------------------------------------------------------------------
 # training curves
@@ -293,8 +296,6 @@ for run in runs:
         tried = figures.loops_to_try(4 * max(run.model.config.counts()))
         per_byte = run.split.n_tokens / run.split.n_bytes
         sweeps[run.name] = figures.depth_sweep(run.model, x, y, tried, per_byte)
-    else:
-        left_out("loss against loops", run.name, "nothing in this model is looped")
 if sweeps:
     caption = ("Validation at one to four times the configured depth (star). Wide and pale: where nine in ten draws of "
                "training lie.")
@@ -400,7 +401,7 @@ if parts:
     lines = [("run", "loop", "token", "text", "rank", "prediction", "probability")]
 for name, (run, group, n, (_, likeliest, probabilities)) in parts.items():
     def said(i, t, rank, run=run, likeliest=likeliest, probabilities=probabilities):
-        return f"{run.decode(int(likeliest[i - 1, t, rank]), '')} {probabilities[i - 1, t, rank]:.0%}"
+        return f"{run.decode(int(likeliest[i - 1, t, rank]))} {probabilities[i - 1, t, rank]:.0%}"
 
     shown, T = figures.loops_to_try(n, 12), len(run.texts)
     titles = [f"{i}*" if i == run.model.config.counts()[group] else str(i) for i in shown]
@@ -413,7 +414,7 @@ for name, (run, group, n, (_, likeliest, probabilities)) in parts.items():
     shares = [[None, *(probabilities[i - 1, t, 0] for i in shown)] for t in last]
     table(("after token", *(f"loop {title}" for title in titles)), rows, shares)
     for i, t, rank in np.ndindex(likeliest.shape):
-        word = run.decode(int(likeliest[i, t, rank]), "")
+        word = run.decode(int(likeliest[i, t, rank]))
         lines.append((name, i + 1, t, run.texts[t], rank + 1, word, probabilities[i, t, rank]))
 if parts:
     with open(folder / "lens.csv", "w", newline="", encoding="utf-8") as file:

@@ -73,17 +73,13 @@ def readouts(model, idx, group, n):
     """
     counts = list(model.config.counts())
     counts[group] = n
-    x, where = model.embed(idx)
+    (x, where), T = model.embed(idx), idx.size(1)
     schedule = model.schedule(tuple(counts))
     place = [number for number, (_, count) in enumerate(schedule) if count][group]
-    for stage, count in schedule[:place]:
-        x = stage(x, where, *count)
     loop = schedule[place][0]
-    for state in loop.states(x, where, n):
-        x = loop.exit(state)
-        for stage, count in schedule[place + 1 :]:
-            x = stage(x, where, *count)
-        yield state, model.readout(model.transformer.ln_f(x), idx)[0]
+    for state in loop.states(model.pass_through(schedule[:place], x, where), where, n):
+        x = model.pass_through(schedule[place + 1 :], loop.exit(state), where)
+        yield state[:, -T:], model.logits(model.transformer.ln_f(x[:, -T:]))
 
 
 def look(model, idx, group, n, top=5):
@@ -134,12 +130,12 @@ def band(values):
 def residual_stream(model, idx, chosen):
     """Chosen tokens of a text (1, T) as embedded and behind every pass, in two dimensions: points (1 + P, tokens, 2).
     """
-    stream = [model.embed(idx)[0]]
+    stream, T = [model.embed(idx)[0]], idx.size(1)
     hooks = [block.register_forward_hook(lambda block, x, y: stream.append(y)) for block in model.transformer.h]
     model(idx)
     for hook in hooks:
         hook.remove()
-    points, share = pca(torch.cat(stream)[:, chosen].float())
+    points, share = pca(torch.cat(stream)[:, -T:][:, chosen].float())
     return {"points": points, "share": share, "tokens": np.array(chosen), "passes": np.array(passes(model.config))}
 
 
@@ -184,7 +180,7 @@ def course_of_batch(model, x, y, group, n):
     for name in ("state", "KL", "entropy"):
         course[name][0] = np.inf  # nothing to compare the first loop with
     course["argmax"] = 1 / (0.5 + steps_alike(course["argmax"]))
-    if model.config.exit_gate:
+    if model.config.exit_gate != "none":
         stopped = model.exit_distribution(states)[counted].cumsum(-1).T  # (n, tokens)
         course["gate"] = (1 - stopped).clamp_min(0).cpu().numpy()
     return course
@@ -270,7 +266,7 @@ def attention_summary(weights):
 def induction_score(weights):
     """Of each head, how much it looks from a repeated token, weights (B, H, 2L, 2L), at what followed it before."""
     length = weights.size(-1) // 2
-    return weights.diagonal(1 - length, -2, -1)[..., 1:].mean((0, 2))
+    return weights.diagonal(1 - length, -2, -1)[..., -length:].mean((0, 2))
 
 
 @torch.no_grad()
@@ -342,12 +338,21 @@ def label(text):
     return " " * text.startswith("_") + text.replace("$", r"\$")
 
 
-def grid(rows, columns, width=3.2, height=2.6):
+def grid(rows, columns, width, height):
     """A figure and its axes (rows, columns), each width by height inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(4.5, columns * width), rows * height), layout="constrained", dpi=110)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def panels(count, columns, width, height):
+    """A figure and count axes, so many in a row."""
+    columns = min(columns, count)
+    figure, axes = grid(-(-count // columns), columns, width, height)
+    for unused in axes.flat[count:]:
+        unused.set_axis_off()
+    return figure, list(axes.flat[:count])
 
 
 def legend(figure, axes):
@@ -410,7 +415,7 @@ CURVES = (("loss", "loss (nats/token)"), ("bits_per_byte", "validation (bits/byt
 
 def draw_curves(runs):
     """runs: {name: curves}. Training as a line, validation at the run's own depth with markers."""
-    figure, axes = grid(2, 3)
+    figure, axes = grid(2, 3, 3.2, 2.6)
     for panel, (name, unit) in zip(axes.flat, CURVES):
         for i, (run, data) in enumerate(runs.items()):
             look = style(i)
@@ -430,7 +435,7 @@ SWEEP = (("loss", "loss (nats/token)"), ("bits_per_byte", "bits/byte"), ("accura
 
 def draw_sweep(runs):
     """runs: {name: depth_sweep}. Wide and pale: where training's loops were. Star: as configured."""
-    figure, axes = grid(1, 3, height=3)
+    figure, axes = grid(1, 3, 3.2, 3)
     for panel, (name, unit) in zip(axes.flat, SWEEP):
         for i, (run, data) in enumerate(runs.items()):
             seen = np.geomspace(data["trained"].min(), data["trained"].max(), 50)
@@ -447,8 +452,8 @@ def draw_sweep(runs):
 
 def draw_trajectories(runs, texts):
     """runs: {name: trajectories}; texts: {name: what to call each chosen token}. A dot a loop, the last one large."""
-    figure, axes = grid(1, len(runs), width=5, height=4)
-    for panel, (run, data) in zip(axes.flat, runs.items()):
+    figure, axes = panels(len(runs), 2, 5, 4)
+    for panel, (run, data) in zip(axes, runs.items()):
         for i, text in enumerate(texts[run]):
             path = data["points"][:, i]
             panel.plot(*path.T, **style(i), linewidth=1, label=label(text))
@@ -469,7 +474,7 @@ STATES = (("change", "change by the loop", "share of the norm"),
 
 def draw_states(runs):
     """runs: {name: state_measures}. Bands: eight in ten tokens."""
-    figure, axes = grid(2, 2, width=4.5)
+    figure, axes = grid(2, 2, 4.5, 2.6)
     for panel, (name, title, unit) in zip(axes.flat, STATES):
         for i, (run, data) in enumerate(runs.items()):
             values = np.atleast_2d(data[name])
@@ -486,8 +491,8 @@ def draw_states(runs):
 
 def draw_residual(runs, texts):
     """runs: {name: residual_stream}; texts: {name: what to call each token}. A line a token, coloured by its depth."""
-    figure, axes = grid(1, len(runs), width=6, height=4.5)
-    for panel, (run, data) in zip(axes.flat, runs.items()):
+    figure, axes = panels(len(runs), 2, 6, 4.5)
+    for panel, (run, data) in zip(axes, runs.items()):
         depth = np.arange(len(data["points"]))
         for path, text in zip(data["points"].transpose(1, 0, 2), texts[run]):
             panel.plot(*path.T, color="0.75", linewidth=0.6, zorder=1)
@@ -507,10 +512,8 @@ UNITS = {"state": "change of the state (share of norm)", "KL": "KL (nats)", "ent
 def draw_exits(runs):
     """runs: {name: exits}. Share of tokens by their loops (columns) at each threshold (rows), a map by criterion."""
     shown = [(run, name) for run, data in runs.items() for name in UNITS if f"{name} share" in data]
-    figure, axes = grid(-(-len(shown) // 2), 2, width=4.5, height=2.7)
-    for panel in axes.flat[len(shown) :]:
-        panel.set_axis_off()
-    for panel, (run, name) in zip(axes.flat, shown):
+    figure, axes = panels(len(shown), 2, 4.5, 2.7)
+    for panel, (run, name) in zip(axes, shown):
         share, thresholds = runs[run][f"{name} share"], runs[run][f"{name} threshold"]
         heat(figure, panel, share, "loops", "threshold", of(run, runs, UNITS[name]), "share of tokens", vmin=0)
         name_ticks(panel.yaxis, [f"{threshold:.2g}" for threshold in thresholds], 9)
@@ -520,8 +523,8 @@ def draw_exits(runs):
 
 def draw_pareto(runs):
     """runs: {name: exits}. Loss against mean loops: one number for all tokens, and each criterion over thresholds."""
-    figure, axes = grid(1, len(runs), width=5, height=3.8)
-    for panel, (run, data) in zip(axes.flat, runs.items()):
+    figure, axes = panels(len(runs), 2, 5, 3.8)
+    for panel, (run, data) in zip(axes, runs.items()):
         fixed = data["fixed loss"]
         panel.plot(np.arange(len(fixed)) + 1, fixed, **style(6) | {"marker": "."}, label="same loops for all")
         for i, name in enumerate(name for name in UNITS if f"{name} loss" in data):
@@ -540,7 +543,7 @@ ATTENTION = (("mean distance", "tokens"), ("entropy", "bits"), ("on the first to
 
 def draw_attention(runs):
     """runs: {name: attention}. A column a run, a row a measure, on one scale; in each map a row a head."""
-    figure, axes = grid(len(ATTENTION), len(runs), width=5 if len(runs) > 1 else 7, height=2)
+    figure, axes = grid(len(ATTENTION), len(runs), max(2.8, min(7, 10 / len(runs))), 2)
     for row, (name, unit) in zip(axes, ATTENTION):
         top = max(0.1, *(data[name].max() for data in runs.values()))  # less than a tenth is nothing
         for panel, (run, data) in zip(row, runs.items()):
@@ -553,8 +556,8 @@ def draw_attention(runs):
 def draw_distances(runs):
     """runs: {name: attention}. Share of attention by distance (columns), a row a head of a pass."""
     rows = max(data["by distance"].shape[0] * data["by distance"].shape[1] for data in runs.values())
-    figure, axes = grid(1, len(runs), width=6, height=min(12, max(3.2, 0.14 * rows)))
-    for panel, (run, data) in zip(axes.flat, runs.items()):
+    figure, axes = panels(len(runs), 2, 6, min(12, max(3.2, 0.14 * rows)))
+    for panel, (run, data) in zip(axes, runs.items()):
         shares = data["by distance"]  # (P, H, bins)
         heat(figure, panel, shares.reshape(-1, shares.shape[2]), "distance (tokens)", "block/loop, a row a head",
              of(run, runs), "share of attention", vmin=0)
@@ -569,17 +572,15 @@ def draw_maps(weights, texts):
     """weights (H, T, T) of one pass: a map a head, from the token of the row to that of the column."""
     from matplotlib.colors import PowerNorm
 
-    columns = min(4, len(weights))
-    figure, axes = grid(-(-len(weights) // columns), columns, width=3.4, height=3.2)
-    for head, (panel, map_) in enumerate(zip(axes.flat, weights)):
+    texts = ["shift"] * (weights.shape[-1] - len(texts)) + texts  # the token that predict_ahead puts before them
+    figure, axes = panels(len(weights), 2 if len(weights) < 5 else 3, 3.8, 3.5)
+    for head, (panel, map_) in enumerate(zip(axes, weights)):
         scale = PowerNorm(0.5, 0, weights.max())
         heat(figure, panel, map_, "to token", "from token", f"head {head}", "share of attention", norm=scale)
-        if len(texts) <= 32:
-            name_ticks(panel.xaxis, texts, 32)
-            name_ticks(panel.yaxis, texts, 32)
+        if len(texts) <= 24:
+            name_ticks(panel.xaxis, texts, 24)
+            name_ticks(panel.yaxis, texts, 24)
             panel.tick_params(axis="x", rotation=90)
-    for panel in axes.flat[len(weights) :]:
-        panel.set_axis_off()
     return figure
 
 
@@ -588,11 +589,9 @@ WHEN = {"before": dict(linestyle=":", alpha=0.8), "now": dict(linestyle="-"), "c
 
 def draw_spectra(runs):
     """runs: {name: spectra}. A panel a kind of matrix, a colour a block; dotted before, dashed clipped."""
-    panels = list(dict.fromkeys((run, key.split(":")[0]) for run, data in runs.items() for key in data if ":" in key))
-    figure, axes = grid(-(-len(panels) // 3), 3)
-    for panel in axes.flat[len(panels) :]:
-        panel.set_axis_off()
-    for panel, (run, kind) in zip(axes.flat, panels):
+    shown = list(dict.fromkeys((run, key.split(":")[0]) for run, data in runs.items() for key in data if ":" in key))
+    figure, axes = panels(len(shown), 3, 3.2, 2.6)
+    for panel, (run, kind) in zip(axes, shown):
         keys = [key for key in runs[run] if key.startswith(f"{kind}:")]
         blocks = list(dict.fromkeys(key.split(":")[1] for key in keys))
         for key in keys:
