@@ -4,7 +4,7 @@ Pictures of a model, each with its numbers beside it, and one page that holds th
     python analyze.py --out_dir=out-quickstart
     python analyze.py --out_dir=out-quickstart --start="def loop(self" --n_loop=16 --tokens=0,4,-1 --maps=0,7
     python analyze.py --compare out-mha out-mla --to=out-compared
-    python analyze.py --out_dir=gpt2 --start="The loop goes round and round"
+    python analyze.py --out_dir=gpt2 --start="The loop goes round and round" --to=out-gpt2
 
 Of whatever sample.py opens. What needs a log, a validation set or a loop is left out where there is none, and the page
 says so.
@@ -134,20 +134,20 @@ def check_text(ids, model):
         raise ValueError(f"the text has {len(ids)} tokens: the pictures need at least 4, give --start more")
     if len(ids) > model.block_size:
         raise ValueError(f"the text has {len(ids)} tokens, more than block_size={model.block_size}")
-    if not all(-len(ids) <= i < len(ids) for i in tokens):
+    if not all(type(i) is int and -len(ids) <= i < len(ids) for i in tokens):
         raise ValueError(f"tokens={tokens}: must be from {-len(ids)} to {len(ids) - 1}, places in the text")
     n_passes = len(figures.passes(model.config))
-    if not all(0 <= i < n_passes for i in maps):
+    if not all(type(i) is int and 0 <= i < n_passes for i in maps):
         raise ValueError(f"maps={maps}: must be from 0 to {n_passes - 1}, passes through a block")
     return ids
 
 
 def previous(source, ckpt):
-    """(model, steps) of the checkpoint before the newest, or None."""
-    path = source / checkpoint.PREVIOUS
-    if not (source / checkpoint.NEWEST).exists() or not path.exists():
+    """(model, steps) of the checkpoint before the newest, None where it is not there, or not whole."""
+    try:
+        before = checkpoint.read(source / checkpoint.PREVIOUS)
+    except ValueError:
         return None
-    before = checkpoint.read(path)
     return (pretrained.build(before), before["iter_num"]) if before["iter_num"] != ckpt["iter_num"] else None
 
 
@@ -156,11 +156,10 @@ def read_log(folder):
     path, entries = folder / "log.jsonl", []
     for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), 1):
         try:
-            entry = json.loads(line)
-            entry["iter"], entry["loss" if "loss" in entry else "eval"]
-        except (ValueError, KeyError, TypeError):
+            entries.append(json.loads(line))
+            figures.curves(entries[-1:])
+        except (ValueError, KeyError, TypeError, StopIteration):
             raise ValueError(f"{path}: line {number} is not one that train.py writes") from None
-        entries.append(entry)
     return entries
 
 
@@ -177,8 +176,10 @@ with clear_errors():
                              "n_loop": range(10**4)})
     if exit_rule not in figures.THRESHOLDS:
         raise ValueError(f"exit_rule={exit_rule!r}: must be one of {', '.join(figures.THRESHOLDS)}")
-    if exit_threshold < 0 or spectral_clip_beta <= 0:
-        raise ValueError(f"exit_threshold={exit_threshold}, spectral_clip_beta={spectral_clip_beta}: must be positive")
+    if exit_threshold < 0:
+        raise ValueError(f"exit_threshold={exit_threshold}: must be at least 0")
+    if spectral_clip_beta <= 0:
+        raise ValueError(f"spectral_clip_beta={spectral_clip_beta}: must be positive")
     device, began = pick_device(device), time.perf_counter()
     sources = list(dict.fromkeys(filter(None, compare.split(",")))) or [out_dir]
     if not to and not Path(sources[0]).is_dir():
