@@ -285,15 +285,16 @@ for run in runs:
 
 # -----------------------------------------------------------------------------
 # loss against loops, on the windows that train.py evaluates when it is given as many
-add(body, "h2", "Depth")
+if parts:
+    add(body, "h2", "Depth")
 sweeps, scored = {}, {}
 for run in runs:
-    if run.split is None:
+    if run.split is not None:
+        starts = run.split.spread(min(windows, run.split.n_windows))
+        scored[run.name] = x, y = [torch.from_numpy(array).to(device) for array in run.split.windows(starts)]
+    if run.model.config.groups and run.split is None:
         left_out("losses at each depth and of early exits", run.name, run.why)
-        continue
-    starts = run.split.spread(min(windows, run.split.n_windows))
-    scored[run.name] = x, y = [torch.from_numpy(array).to(device) for array in run.split.windows(starts)]
-    if run.model.config.groups:
+    elif run.model.config.groups:
         tried = figures.loops_to_try(4 * max(run.model.config.counts()))
         per_byte = run.split.n_tokens / run.split.n_bytes
         sweeps[run.name] = figures.depth_sweep(run.model, x, y, tried, per_byte)

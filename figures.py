@@ -483,7 +483,8 @@ def draw_states(runs):
             if len(values) > 1:
                 panel.fill_between(loops, *values[1:], color=COLOURS[i % 7], alpha=0.15, linewidth=0)
         name_axes(panel, "loop", unit, title)
-        panel.set_yscale("log" if name in ("change", "distance") else "linear")
+        moved = name in ("change", "distance") and any((data[name] > 0).any() for data in runs.values())
+        panel.set_yscale("log" if moved else "linear")
         whole_numbers(panel.xaxis)
     legend(figure, axes[0, 0])
     return figure
