@@ -78,6 +78,16 @@ class Run(NamedTuple):
     idx: torch.Tensor  # (1, T), the text
     texts: list  # its tokens, each as text
     decode: object  # id -> text
+    n_ids: int  # that the tokenizer knows
+
+
+class Part(NamedTuple):
+    run: Run
+    group: int  # a looped one
+    loops: int
+    states: torch.Tensor  # (n, T, C)
+    likeliest: np.ndarray  # (n, T, ranks)
+    probabilities: np.ndarray
 
 
 def open_run(source, name):
@@ -102,7 +112,8 @@ def open_run(source, name):
         return visible(tokenizer.decode([i])) if i < tokenizer.vocab_size else ""
 
     return Run(name, model, read_log(Path(source)), ckpt.get("iter_num"), earlier, split, why,
-               torch.tensor([ids], device=device), [shown(i) for i in ids], shown)
+               torch.tensor([ids], device=device), [shown(i) for i in ids], shown,
+               min(tokenizer.vocab_size, model.config.vocab_size))
 
 
 def validation(name, named, config):
@@ -189,14 +200,14 @@ with clear_errors():
     runs = [open_run(source, name if short else source) for source, name in zip(sources, names)]
     folder = Path(to or Path(sources[0], "analysis"))
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {}  # the looped groups of all runs by name: (run, group, loops, what look gives)
+    parts = {}  # the looped groups of all runs by name
     for run in runs:
         for group, (_, most) in enumerate(trained := figures.trained_range(run.model.config)):
             name, n = run.name + f", group {group}" * (len(trained) > 1), n_loop or int(most)
-            parts[name] = run, group, n, figures.look(run.model, run.idx, group, n)
-            if not parts[name][3][0].isfinite().all():
+            parts[name] = Part(run, group, n, *figures.look(run.model, run.idx, group, n))
+            if not parts[name].states.isfinite().all():
                 raise ValueError(f"{name}: the states of {n} loops are not finite, try a smaller --n_loop")
-    if exit_rule == "gate" and not all(run.model.config.exit_gate != "none" for run, *_ in parts.values()):
+    if exit_rule == "gate" and any(part.run.model.config.exit_gate == "none" for part in parts.values()):
         raise ValueError("exit_rule=gate: must be another one for a model without exit_gate")
 
 # -----------------------------------------------------------------------------
@@ -310,15 +321,15 @@ if sweeps:
 # states over loops, and the residual stream
 if parts:
     add(body, "h2", "States over loops")
-    measured = {name: figures.state_measures(states) for name, (_, _, _, (states, *_)) in parts.items()}
+    measured = {name: figures.state_measures(part.states) for name, part in parts.items()}
     caption = "How far a loop moves the state of a token, how far that is from the last one, its norm, and how alike " \
               "tokens are. Lines: mean over the tokens of the text; bands: eight in ten of them."
     picture("states", caption, figures.draw_states(measured), measured)
     paths, texts = {}, {}
-    for name, (run, _, _, (states, *_)) in parts.items():
-        six = np.linspace(0, len(run.texts) - 1, min(6, len(run.texts))).astype(int).tolist()
-        chosen, texts[name] = places(run, six)
-        paths[name] = figures.trajectories(states, chosen)
+    for name, part in parts.items():
+        T = len(part.run.texts)
+        chosen, texts[name] = places(part.run, np.linspace(0, T - 1, min(6, T)).astype(int).tolist())
+        paths[name] = figures.trajectories(part.states, chosen)
     caption = "The states of some tokens from loop to loop, in the two directions in which they differ most; the " \
               "last is large."
     picture("trajectories", caption, figures.draw_trajectories(paths, texts), paths)
@@ -338,7 +349,7 @@ if parts:
     add(body, "h2", "Loops a token needs")
     add(body, "p", "A token stops after the first loop that changes little any more. This is measured on full forward "
                    "passes: what is read out after a loop has seen all tokens stop there.")
-for name, (run, group, n, _) in parts.items():
+for number, (name, (run, group, n, *_)) in enumerate(parts.items()):
     course = figures.exit_course(run.model, run.idx, run.idx, group, n)
     depths = figures.exit_depths(course[exit_rule], exit_threshold)
     add(body, "h3", f"{name}: the text by the loops of each token, {exit_rule} below {exit_threshold:g}")
@@ -348,10 +359,10 @@ for name, (run, group, n, _) in parts.items():
         line = add(body, "p", **{"class": kind})
         for text, depth in spans:
             add(line, "span", text, style=colours((depth - low) / max(1, high - low)), title=f"{depth} loops")
-    with open(folder / f"exits_{list(parts).index(name)}.csv", "w", newline="", encoding="utf-8") as file:
+    with open(folder / f"exits_{number}.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("token", "text", "loops"), *zip(range(len(depths)), run.texts, depths)])
 found = {name: figures.exits(figures.exit_course(run.model, *scored[run.name], group, n))
-         for name, (run, group, n, _) in parts.items() if run.name in scored}
+         for name, (run, group, n, *_) in parts.items() if run.name in scored}
 if found:
     caption = "Share of validation's tokens that stop after so many loops, by criterion and threshold."
     picture("exits", caption, figures.draw_exits(found), found)
@@ -369,9 +380,7 @@ add(body, "h2", "Attention")
 attended = {}
 for run in runs:
     x = scored[run.name][0][:8, :256] if run.name in scored else run.idx
-    known = int(min(run.model.config.vocab_size, 50257 if run.split is None else run.split.vocab_size))
-    repeated = min(64, run.model.block_size // 2)
-    attended[run.name] = figures.attention(run.model, x, known, repeated)
+    attended[run.name] = figures.attention(run.model, x, run.n_ids, min(64, run.model.block_size // 2))
 caption = "Every head of every pass through a block: how far back it looks, how spread out, how much at the first " \
           "token, and how much at what followed the same token before (induction, on random tokens twice in a row)."
 picture("attention", caption, figures.draw_attention(attended), attended)
@@ -387,8 +396,7 @@ for number, run in enumerate(runs):
 if parts:
     add(body, "h2", "Spectra of the looped matrices")
     spectra = {}
-    for run in dict.fromkeys(run.name for run, *_ in parts.values()):
-        run = next(r for r in runs if r.name == run)
+    for run in (run for run in runs if run.model.config.groups):
         spectra[run.name] = figures.spectra(run.model, run.earlier and run.earlier[0], spectral_clip_beta)
         before = f"dotted: as it was after {run.earlier[1]:,} steps" if run.earlier else "no earlier checkpoint"
         add(body, "p", f"{run.name}: solid: as it is, {before}, dashed: what spectral_clip_beta={spectral_clip_beta:g} "
@@ -401,23 +409,21 @@ if parts:
 if parts:
     add(body, "h2", "Predictions after every loop")
     lines = [("run", "loop", "token", "text", "rank", "prediction", "probability")]
-for name, (run, group, n, (_, likeliest, probabilities)) in parts.items():
-    def said(i, t, rank, run=run, likeliest=likeliest, probabilities=probabilities):
-        return f"{run.decode(int(likeliest[i - 1, t, rank]))} {probabilities[i - 1, t, rank]:.0%}"
-
-    shown, T = figures.loops_to_try(n, 12), len(run.texts)
-    titles = [f"{i}*" if i == run.model.config.counts()[group] else str(i) for i in shown]
-    ranks, last = range(likeliest.shape[2]), range(max(0, T - 12), T)
+for name, (run, group, n, _, likeliest, probabilities) in parts.items():
+    words = np.vectorize(run.decode, otypes=[object])(likeliest)
+    said = {place: f"{words[place]} {probabilities[place]:.0%}" for place in np.ndindex(words.shape)}
+    shown, T = [i - 1 for i in figures.loops_to_try(n, 12)], len(run.texts)
+    titles = [f"{i + 1}{'*' * (i + 1 == run.model.config.counts()[group])}" for i in shown]
+    ranks, last = range(words.shape[2]), range(max(0, T - 12), T)
     add(body, "h3", f"{name}: the likeliest tokens after the text (*: loops as configured)")
-    rows = [[title, *(said(i, T - 1, rank) for rank in ranks)] for i, title in zip(shown, titles)]
-    table(("loop", *(f"rank {rank + 1}" for rank in ranks)), rows, [[None, *probabilities[i - 1, -1]] for i in shown])
+    rows = [[title, *(said[i, T - 1, rank] for rank in ranks)] for i, title in zip(shown, titles)]
+    table(("loop", *(f"rank {rank + 1}" for rank in ranks)), rows, [[None, *probabilities[i, -1]] for i in shown])
     add(body, "h3", f"{name}: the likeliest token after each of the last")
-    rows = [[f"{t} {run.texts[t]}", *(said(i, t, 0) for i in shown)] for t in last]
-    shares = [[None, *(probabilities[i - 1, t, 0] for i in shown)] for t in last]
+    rows = [[f"{t} {run.texts[t]}", *(said[i, t, 0] for i in shown)] for t in last]
+    shares = [[None, *probabilities[shown, t, 0]] for t in last]
     table(("after token", *(f"loop {title}" for title in titles)), rows, shares)
-    for i, t, rank in np.ndindex(likeliest.shape):
-        word = run.decode(int(likeliest[i, t, rank]))
-        lines.append((name, i + 1, t, run.texts[t], rank + 1, word, probabilities[i, t, rank]))
+    lines += [(name, i + 1, t, run.texts[t], rank + 1, words[i, t, rank], probabilities[i, t, rank])
+              for i, t, rank in said]
 if parts:
     with open(folder / "lens.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)

@@ -438,7 +438,7 @@ def draw_sweep(runs):
     figure, axes = grid(1, 3, 3.2, 3)
     for panel, (name, unit) in zip(axes.flat, SWEEP):
         for i, (run, data) in enumerate(runs.items()):
-            seen = np.geomspace(data["trained"].min(), data["trained"].max(), 50)
+            seen = np.geomspace(data["trained"].min() / 1.05, data["trained"].max() * 1.05, 50)  # one depth shows too
             drawn = np.interp(np.log(seen), np.log(data["loops"]), data[name])
             panel.plot(seen, drawn, color=COLOURS[i % 7], linewidth=9, alpha=0.3, solid_capstyle="round")
             panel.plot(data["loops"], data[name], **style(i), label=label(run))

@@ -376,6 +376,12 @@ def test_wrong_input_is_one_line(trained, arguments, words):
     assert run.code == 2 and run.err.count("\n") == 1 and words in run.err, run.err
 
 
+def test_without_matplotlib_it_says_what_to_install(trained, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run = Run("analyze.py", f"--out_dir={trained / 'looped'}")
+    assert run.code == 2 and run.err == "analyze.py: the pictures need matplotlib; run: pip install matplotlib\n"
+
+
 def test_other_peoples_weights_without_a_log_or_data(tmp_path):
     """A GPT-2 shape, looked at with repetition: what it has not is named, the residual stream and attention are there."""
     model = build(n_layer=2, vocab_size=256, mlp="gelu_tanh")
