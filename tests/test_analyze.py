@@ -181,6 +181,12 @@ def test_the_gates_exits_follow_its_distribution():
     assert gate[-1] == pytest.approx(0, abs=1e-6) and (figures.exit_depths(gate, 1.1) == 1).all()
 
 
+def test_a_token_stops_below_the_threshold_and_at_zero_never():
+    values = np.array([[np.inf, np.inf, 9.0], [0.5, 0.0, 0.0], [0.1, 0.0, 0.0]])
+    assert figures.exit_depths(values, 0.0).tolist() == [3, 3, 3]  # also where nothing moves any more
+    assert figures.exit_depths(values, 0.5).tolist() == [3, 2, 2] and figures.exit_depths(values, 10).tolist() == [2, 2, 1]
+
+
 def test_steps_alike():
     got = figures.steps_alike(np.array([[1, 2], [1, 3], [1, 3], [2, 3]]))
     assert got.T.tolist() == [[0, 1, 2, 0], [0, 0, 1, 2]]
