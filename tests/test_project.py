@@ -36,7 +36,7 @@ def test_bench_measures_every_loop_count():
     ms, rate, flops, gflops, memory = (float(rows[1][i].replace(",", "")) for i in (1, 2, 3, 4, 6))
     model = build(n_coda=0, n_block=1)
     assert flops == pytest.approx(model.flops_per_token(4) / 1e6, abs=0.01)
-    assert rate == pytest.approx(32 / ms * 1e3, rel=0.1) and gflops == pytest.approx(rate * flops / 1e3, rel=0.2)
+    assert rate == pytest.approx(32 / ms * 1e3, rel=0.1) and gflops == pytest.approx(rate * flops / 1e3, rel=0.2, abs=0.06)
     assert rows[1][5] == "n/a" and memory > 50
 
 
