@@ -52,6 +52,20 @@ class Objective(nn.Module):
         parts = zip(*(tensor.split(self.chunk or len(tensor)) for tensor in tensors))
         return torch.cat([recomputed(function, *part, use_reentrant=False) for part in parts])
 
+    def loss_sum(self, x, targets):
+        """Of hidden states (B, T, C) and targets (B, T). torch's chunked loss has its gradients ready before the
+        backward pass and computes nothing twice; it has no soft cap, and torch before 2.13 has none at all."""
+        if not self.chunk:
+            return self.cross_entropy(x, targets).sum()
+        if self.model.config.logit_softcap or "linear_cross_entropy" not in dir(F):
+            return self.in_chunks(self.cross_entropy, x, targets).sum()
+        kind, W = x.device.type, self.model.lm_head.weight
+        if torch.is_autocast_enabled(kind):  # which does not know this loss
+            x, W = (part.to(torch.get_autocast_dtype(kind)) for part in (x, W))
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=self.chunk, chunking_method=None)
+        return F.linear_cross_entropy(x.flatten(0, 1), W, targets.flatten(), reduction="sum", ignore_index=-1,
+                                      options=options)  # fmt: skip
+
     def cross_entropy(self, x, targets):
         """Of hidden states (.., C) and targets (..): (N,), 0 where there is no target."""
         logits = self.model.logits(x).flatten(0, -2)
@@ -81,15 +95,14 @@ class Objective(nn.Module):
 
 def next_token(self, idx, targets, n_loop, shift):
     x, heads = self.model.hidden(idx, n_loop, shift=shift), self.model.ahead
-    whole = not (self.chunk or heads)
-    losses = self.cross_entropy(x, targets) if whole else self.in_chunks(self.cross_entropy, x, targets)
-    total, log = losses.sum(), {}
+    total = self.loss_sum(x, targets)
+    log = {"loss": torch.stack((total.detach(), (targets >= 0).sum()))}
     for number, head in enumerate(heads, 2):
         further = shift_labels(targets, number)
         loss = self.in_chunks(self.cross_entropy, head(x), further).sum()
         total = total + self.ahead_weight / len(heads) * loss
         log[f"head{number}"] = torch.stack((loss.detach(), (further >= 0).sum()))
-    return total, {"loss": summed(losses, targets), **log}
+    return total, log
 
 
 def deep(self, idx, targets, n_loop, shift):

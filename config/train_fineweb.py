@@ -27,6 +27,7 @@ mlp = "swiglu"
 
 batch_size = 16
 gradient_accumulation_steps = 32  # 16 x 1024 x 32 = 524,288 tokens
+loss_chunk = 2048  # tokens whose 50,304 logits exist at once
 max_iters = 19000  # 10B tokens, one epoch
 optimizer = "muon"
 learning_rate = 3e-3

@@ -24,6 +24,7 @@ bias = False
 
 batch_size = 12
 gradient_accumulation_steps = 40  # 12 x 1024 x 40 = 491,520 tokens
+loss_chunk = 2048  # tokens whose 50,304 logits exist at once
 max_iters = 600000
 learning_rate = 6e-4
 weight_decay = 0.1
