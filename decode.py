@@ -51,7 +51,6 @@ class Cache:
         slots: a key of SLOTS, n_slot: its k. static: attention reads all cells, so that shapes never change.
         """
         config, like = model.config, model.lm_head.weight
-        check_slots(config, n_loop, slots, n_slot)
         self.offset, self.separator, self.static = int(config.predict_ahead), config.document_separator, static
         self.size = min(size or config.block_size, config.block_size) + self.offset  # cells
         self.groups, self.views = [], []
@@ -327,7 +326,7 @@ class Decoder:
         self.last = looped[-1] if looped else len(self.schedule)
         (self.loop, (self.n,)) = self.schedule[self.last] if looped else (None, (0,))
         most, like = max((*model.config.counts(n_loop), 1)), model.lm_head.weight
-        self.index = torch.arange(most, device=like.device).unbind()  # of each loop; an int would be compiled in
+        self.index = torch.arange(most, device=like.device).split(1)  # of each loop; an int would be compiled in
         self.warm = like.new_zeros(len(cache.lengths), 1, model.config.n_embd) if warm_start else None
 
     def enter(self, idx, rows, seen=None):
@@ -538,7 +537,7 @@ def generate(model, idx, max_new_tokens, *, n_loop=None, lengths=None, temperatu
     lengths = torch.full((len(idx),), idx.size(1)) if lengths is None else torch.as_tensor(lengths).cpu()
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size)
     check_sampling(sampling)
-    check_request(model, n_loop, idx, max_new_tokens, lengths, slots, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slide)
+    check_request(model, n_loop, idx, max_new_tokens, lengths, slots, n_slot, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slide)
     size = idx.size(1) + max_new_tokens + draft_tokens
     kind = idx.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -587,7 +586,7 @@ def one_round(decoder, text, rows, hidden, draft_tokens, draft_loops):
     return hidden[row, stand].unsqueeze(1)
 
 
-def check_request(model, n_loop, idx, max_new_tokens, lengths, slots, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slide):
+def check_request(model, n_loop, idx, max_new_tokens, lengths, slots, n_slot, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slide):
     """ValueError with what is wrong about a call of generate."""
     if len(lengths) != len(idx) or not idx.size(1) or not 1 <= lengths.min() <= lengths.max() <= idx.size(1):
         raise ValueError("the prompt is empty, or lengths do not fit: one for each row, from 1 to its columns")
@@ -597,7 +596,8 @@ def check_request(model, n_loop, idx, max_new_tokens, lengths, slots, exit_rule,
         raise ValueError(f"slide={slide}: must be from 0 to {max(1, model.block_size - 1)}")
     if min(max_new_tokens, draft_tokens, draft_loops) < 0:
         raise ValueError("max_new_tokens, draft_tokens and draft_loops must be at least 0")
-    n = (*model.config.counts(n_loop), 0)[-2:][0]
+    check_slots(model.config, n_loop, slots, n_slot)
+    n = (0, *model.config.counts(n_loop))[-1]
     if exit_rule and not 1 <= min_loops <= n or draft_loops > n:
         raise ValueError(f"min_loops={min_loops} and draft_loops={draft_loops}: must be at most n_loop={n}")
     if not model.config.groups and (exit_rule or warm_start or draft_loops):
