@@ -209,27 +209,21 @@ class GateExit(NamedTuple):
         return 1 - going >= self.threshold, (going,)
 
 
-EXITS = {  # rule: (class, largest threshold, one that is often good)
-    "state": (StateExit, torch.inf, 0.03),
-    "kl": (KLExit, torch.inf, 1e-3),
-    "entropy": (EntropyExit, torch.inf, 1e-3),
-    "argmax": (ArgmaxExit, torch.inf, 3),
-    "gate": (GateExit, 1.0, 0.9),
-}
+EXITS = {"state": StateExit, "kl": KLExit, "entropy": EntropyExit, "argmax": ArgmaxExit, "gate": GateExit}
 
 
 def make_exit(model, rule, threshold):
     """An exit rule for generate(), None at threshold 0, which is off; ValueError for what the model cannot do."""
     if rule not in EXITS:
         raise ValueError(f"exit_rule={rule!r}: must be one of {', '.join(EXITS)}")
-    kind, most, _ = EXITS[rule]
+    most = 1.0 if rule == "gate" else torch.inf
     if not (0 <= threshold <= most and threshold < torch.inf):
         raise ValueError(f"automatic_loop_exit_threshold={threshold}: must be from 0 to {most} for exit_rule={rule}")
     if not model.config.groups:
         raise ValueError("automatic_loop_exit: nothing is looped in this model")
     if rule == "gate" and model.config.exit_gate != "state":
         raise ValueError(f"exit_rule=gate: needs exit_gate=state, and this model has exit_gate={model.config.exit_gate}")
-    return kind(threshold, *([model.exit_gate] if rule == "gate" else [])) if threshold else None
+    return EXITS[rule](threshold, *([model.exit_gate] if rule == "gate" else [])) if threshold else None
 
 
 # -----------------------------------------------------------------------------
@@ -457,6 +451,28 @@ class Decoder:
         if len(full) and keep:
             place = lengths[full].unsqueeze(1) - 1 - keep + torch.arange(keep)
             self.prefill(tokens[full.unsqueeze(1), place], full, torch.full((len(full),), keep))
+
+
+def pack(model, dtype=torch.float32):
+    """Lets the Linear layers of a model on a CPU read weights in dtype that oneDNN has put in order; for decoding alone.
+
+    A few rows of tokens then cost what reading the weights costs. float32 weights of a single row lie by columns, which
+    matrix-vector products read faster. Takes the memory of a second model.
+    """
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            weight = module.weight.detach()
+            order = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
+            columns = weight.t().contiguous().t() if dtype == torch.float32 else None
+            bias = None if module.bias is None else module.bias.detach()
+            module.forward = functools.partial(packed_linear, order, columns, bias, dtype)
+
+
+def packed_linear(order, columns, bias, dtype, x):
+    if columns is not None and x.numel() == x.size(-1):
+        return F.linear(x, columns, bias)
+    bias = bias if bias is None else bias.to(dtype)
+    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), order, bias, "none", [], "").to(x.dtype)
 
 
 # -----------------------------------------------------------------------------
