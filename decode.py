@@ -95,7 +95,7 @@ class Cache:
         return self.places - start, (mask & (cell >= start.unsqueeze(-1))).unsqueeze(1)
 
     def extend(self, *new):
-        """Keep parts (R, heads, T, channels) of new tokens, where it is their turn; returns all cells (R, .., S, ..)."""
+        """Keep parts (R, heads, T, channels) of new tokens where it is their turn; returns all cells (R, .., S, ..)."""
         kept, self.turn = self.queue[self.turn], self.turn + 1
         for part, more in zip(kept, new):
             part[self.row, :, self.place] = more.transpose(1, 2).to(part.dtype)
@@ -107,7 +107,7 @@ class Cache:
         self.whole = len(self.row) == len(self.lengths)
 
     def stand_in(self, group, i):
-        """Tokens of the selected rows that stop after loop i fill the slots they have not reached with their deepest."""
+        """Tokens of the selected rows that stop after loop i: slots that they have not reached get their deepest."""
         first = max(group.slots[: i + 1]) + 1
         for part in (part for parts in group.kept for part in parts):
             deepest = part[group.slots[i]][self.row, :, self.place]  # (R, T, heads, channels)
@@ -137,8 +137,8 @@ def check_slots(config, n_loop, slots, n_slot):
 
 
 # -----------------------------------------------------------------------------
-# exit rules: done(carry, s, logits) -> which tokens (R, T) are done, by the state s (R, T, C) after a loop or the
-# logits (R, T, V) that it would give, a function; and what to carry to the next loop, tensors (R, ..); start(s): at first
+# exit rules: done(carry, s, logits) -> which tokens (R, T) are done, by the state s (R, T, C) after a loop or by
+# logits(), the (R, T, V) that it would give; and what to carry to the next loop, tensors (R, ..). start(s): the first
 
 
 class StateExit(NamedTuple):
@@ -222,7 +222,7 @@ def make_exit(model, rule, threshold):
     if not model.config.groups:
         raise ValueError("automatic_loop_exit: nothing is looped in this model")
     if rule == "gate" and model.config.exit_gate != "state":
-        raise ValueError(f"exit_rule=gate: needs exit_gate=state, and this model has exit_gate={model.config.exit_gate}")
+        raise ValueError(f"exit_rule=gate: needs a model of exit_gate=state, this one has {model.config.exit_gate}")
     return EXITS[rule](threshold, *([model.exit_gate] if rule == "gate" else [])) if threshold else None
 
 
@@ -263,12 +263,12 @@ class Sampling(NamedTuple):
 
 def check_sampling(sampling):
     """ValueError where a value is outside its range."""
-    for name, least, most in [("temperature", 0, torch.inf), ("top_k", 1, torch.inf), ("top_p", 1e-9, 1), ("min_p", 0, 1),
-                              ("repetition_penalty", 1e-9, torch.inf), ("vocab_size", 1, torch.inf)]:
+    ranges = {"temperature": (0, torch.inf), "top_k": (1, torch.inf), "top_p": (1e-9, 1), "min_p": (0, 1),
+              "repetition_penalty": (1e-9, torch.inf), "vocab_size": (1, torch.inf)}  # fmt: skip
+    for name, (least, most) in ranges.items():
         value = getattr(sampling, name)
         if value is not None and not (least <= value <= most and value < torch.inf):
-            raise ValueError(f"{name}={value}: must be {'more than 0' if least == 1e-9 else f'at least {least}'}"
-                             + f" and at most {most}" * (most == 1))
+            raise ValueError(f"{name}={value}: must be from {least} to {most}")
 
 
 def draw(p, generator):
@@ -324,7 +324,7 @@ class Decoder:
         self.warm = like.new_zeros(len(cache.lengths), 1, model.config.n_embd) if warm_start else None
 
     def enter(self, idx, rows, seen=None):
-        """What enters the loop, its first state, and where, of tokens idx (R, T) of rows (R,) behind seen (R,) others."""
+        """What enters the loop, its first state, and where: of tokens idx (R, T) of rows (R,), seen (R,) before them."""
         self.cache.point(rows, seen)
         x, where = self.model.embed(idx, self.cache)
         x = self.through(range(self.last), x, where)
@@ -385,12 +385,14 @@ class Decoder:
 
     def going(self, i, carry, s, where):
         """Which rows (R,) are not done after loop i, and what the rule carries on."""
+        every = torch.ones(len(s), dtype=torch.bool, device=s.device)
+        if i + 1 == self.n:
+            return ~every, carry
         done, carry = self.rule.done(carry, s, lambda: self.model.logits(self.leave(s, where)))
-        stop = i + 1 == self.n
-        return ~done[:, 0] & (not stop) if i + 1 >= self.min_loops or stop else torch.ones_like(done[:, 0]), carry
+        return every if i + 1 < self.min_loops else ~done[:, 0], carry
 
     def prefill(self, idx, rows, lengths):
-        """The last hidden state (R, 1, C) of each of rows (R,) of prompts idx (R, T), of lengths (R,), at full depth."""
+        """The last hidden state (R, 1, C) of each of rows (R,), prompts idx (R, T) of lengths (R,), at full depth."""
         e, s, where = self.enter(idx, rows)
         s = self.loops(range(self.n), s, e, where) if self.loop else s
         hidden, last = self.leave(s, where), (lengths - 1 + self.cache.offset).to(s.device)
@@ -415,10 +417,10 @@ class Decoder:
         return hidden, used
 
     def draft(self, token, rows, count, n_draft, guess):
-        """Draft count tokens behind token (R, 1) with n_draft loops, and go on from their states and cache to all loops.
+        """Draft count tokens behind token (R, 1) with n_draft loops, then go on from their states and cache to all.
 
-        guess(hidden (R, 1, C), drafts so far) -> (tokens (R,), q (R, 1, V)). Returns the hidden states (R, count + 1, C)
-        of the token and the drafts, the drafts (R, count) and their distributions (R, count, V).
+        guess(hidden (R, 1, C), drafts so far) -> (tokens (R,), q (R, 1, V)). Returns the last hidden states of the token
+        and the drafts (R, count + 1, C), the drafts (R, count) and their distributions (R, count, V).
         """
         seen, chunk, states, q = self.cache.lengths[rows], token, [], []
         for j in range(count + 1):
@@ -435,7 +437,7 @@ class Decoder:
         return self.leave(s, where), chunk[:, 1:], torch.cat(q, 1)
 
     def heads(self, token, rows, count, hidden, guess):
-        """As draft, with the drafts of the k-ahead heads on hidden (R, 1, C), that of the token before, and one pass."""
+        """As draft, in one pass: the heads further ahead draft from hidden (R, 1, C), which gave the token."""
         chunk, q = token, []
         for head in self.model.ahead[:count]:
             new, p = guess(head(hidden), chunk[:, 1:])
@@ -454,7 +456,7 @@ class Decoder:
 
 
 def pack(model, dtype=torch.float32):
-    """Lets the Linear layers of a model on a CPU read weights in dtype that oneDNN has put in order; for decoding alone.
+    """Let the Linear layers of a model on a CPU read weights in dtype that oneDNN has put in order, to decode alone.
 
     A few rows of tokens then cost what reading the weights costs. float32 weights of a single row lie by columns, which
     matrix-vector products read faster. Takes the memory of a second model.
@@ -500,7 +502,7 @@ class Text:
         return self.tokens[rows, self.lengths[rows] - 1].unsqueeze(1)
 
     def probabilities(self, logits, rows, drafts):
-        """(R, T, V) of logits (R, T, V), the last of which comes behind the drafts (R, m), each before it behind one less."""
+        """(R, T, V) of logits (R, T, V), the last behind all drafts (R, m), each before it behind one less."""
         seen = self.seen
         if seen is not None:
             more = F.one_hot(drafts, seen.size(1)).cumsum(1).bool()
@@ -509,7 +511,7 @@ class Text:
         return self.sampling.probabilities(logits, seen)
 
     def append(self, rows, new, counts, used):
-        """The first counts (R,) of the tokens new (R, m) to rows (R,), each after used (R,) loops, as far as they fit."""
+        """The first counts (R,) of tokens new (R, m) to rows (R,), each after used (R,) loops, as far as they fit."""
         counts = torch.minimum(counts, self.ends[rows] - self.lengths[rows])
         if self.watch:
             counts = self.show(rows, new.tolist(), counts, used)
@@ -540,11 +542,11 @@ def generate(model, idx, max_new_tokens, *, n_loop=None, lengths=None, temperatu
 
     n_loop: loops of the model, an int, one per group, or None (the config's). lengths (B,): of the prompts, where
     padding follows them. temperature to vocab_size: see Sampling; generator: a torch.Generator on the model's device.
-    slots, n_slot: what loops share in the cache (SLOTS), of the tokens before; a prompt's tokens see each other in full.
+    slots, n_slot: what loops share in the cache (SLOTS); the tokens of a prompt see each other in full.
     slide: by how many tokens a full window of block_size moves on, to be computed anew; 1: nanoGPT's cropping, slow;
-    0: a quarter. exit_rule, from make_exit: ends the loops of each token, of the prompt's not, from min_loops on; deeper
+    0: a quarter. exit_rule, from make_exit: ends the loops of each token but the prompt's, from min_loops on; deeper
     loops of later tokens read the deepest keys and values it has. warm_start: states start from the last token's.
-    draft_tokens are drafted in each round with draft_loops loops, 0: by the model's heads further ahead; output stays
+    draft_tokens are drafted in each round with draft_loops loops, 0: by the model's heads further ahead; output is
     distributed as without, at temperature 0 the same. static: decoding is compiled, once for any number of loops.
     watch(row, token, loops): called with each new token, True ends the row.
     Returns (tokens (B, T + max_new_tokens), -1 behind the end of a row, stats): loops of each group, loops_used (B,
@@ -553,11 +555,12 @@ def generate(model, idx, max_new_tokens, *, n_loop=None, lengths=None, temperatu
     lengths = torch.full((len(idx),), idx.size(1)) if lengths is None else torch.as_tensor(lengths).cpu()
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size)
     check_sampling(sampling)
-    check_request(model, n_loop, idx, max_new_tokens, lengths, slots, n_slot, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slide)
-    size = idx.size(1) + max_new_tokens + draft_tokens
-    kind = idx.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    cache = Cache(model, len(idx), n_loop, slots, n_slot, size, dtype, static)
+    check_slots(model.config, n_loop, slots, n_slot)
+    check_prompt(model, idx, lengths, max_new_tokens, slide)
+    deepest = (0, *model.config.counts(n_loop))[-1]
+    check_loops(model, deepest, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slots)
+    size = None if static else idx.size(1) + max_new_tokens + draft_tokens
+    cache = Cache(model, len(idx), n_loop, slots, n_slot, size, autocast_dtype(idx.device.type), static)
     shapes = {(len(idx), 1), (len(idx), draft_tokens + 1)} if static else ()
     decoder = Decoder(model, cache, n_loop, exit_rule, min_loops, warm_start, shapes)
     text = Text(idx, lengths, max_new_tokens, sampling, generator, watch, model.config.vocab_size)
@@ -567,7 +570,8 @@ def generate(model, idx, max_new_tokens, *, n_loop=None, lengths=None, temperatu
     if len(rows):
         hidden = decoder.prefill(idx.clamp(min=0), rows, lengths)
         p = text.probabilities(model.logits(hidden), rows, idx[:, :0])
-        text.append(rows, draw(p[:, 0], generator).unsqueeze(1), torch.ones_like(rows), torch.full((len(idx),), decoder.n))
+        new = draw(p[:, 0], generator).unsqueeze(1)
+        text.append(rows, new, torch.ones_like(rows), torch.full_like(rows, decoder.n))
     while len(rows := text.unfinished()):
         decoder.slide(rows, text.tokens, text.lengths, slide or max(1, model.block_size // 4))
         hidden[rows] = one_round(decoder, text, rows, hidden[rows], draft_tokens, draft_loops)
@@ -575,7 +579,7 @@ def generate(model, idx, max_new_tokens, *, n_loop=None, lengths=None, temperatu
 
 
 def one_round(decoder, text, rows, hidden, draft_tokens, draft_loops):
-    """Each row's newest token and what is drafted behind it; hidden, returned too: (R, 1, C) that the newest came from."""
+    """Run each row's newest token and drafts behind it. hidden (R, 1, C), also returned: what the newest came from."""
     model, cache, token = decoder.model, decoder.cache, text.newest(rows)
     room = min(model.block_size - int(cache.lengths[rows].max()), int((text.ends - text.lengths)[rows].max()))
     count = min(draft_tokens, room - 1)
@@ -602,28 +606,36 @@ def one_round(decoder, text, rows, hidden, draft_tokens, draft_loops):
     return hidden[row, stand].unsqueeze(1)
 
 
-def check_request(model, n_loop, idx, max_new_tokens, lengths, slots, n_slot, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slide):
-    """ValueError with what is wrong about a call of generate."""
+def autocast_dtype(kind):
+    """What linear layers return on this kind of device, None where it is what they hold."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def check_prompt(model, idx, lengths, max_new_tokens, slide):
+    """ValueError for a prompt or a window that cannot be."""
     if len(lengths) != len(idx) or not idx.size(1) or not 1 <= lengths.min() <= lengths.max() <= idx.size(1):
         raise ValueError("the prompt is empty, or lengths do not fit: one for each row, from 1 to its columns")
     if lengths.max() > model.block_size:
         raise ValueError(f"a prompt of {lengths.max()} tokens is longer than the window, block_size={model.block_size}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
     if not 0 <= slide <= max(1, model.block_size - 1):
         raise ValueError(f"slide={slide}: must be from 0 to {max(1, model.block_size - 1)}")
-    if min(max_new_tokens, draft_tokens, draft_loops) < 0:
-        raise ValueError("max_new_tokens, draft_tokens and draft_loops must be at least 0")
-    check_slots(model.config, n_loop, slots, n_slot)
-    n = (0, *model.config.counts(n_loop))[-1]
-    if exit_rule and not 1 <= min_loops <= n or draft_loops > n:
-        raise ValueError(f"min_loops={min_loops} and draft_loops={draft_loops}: must be at most n_loop={n}")
-    if not model.config.groups and (exit_rule or warm_start or draft_loops):
+
+
+def check_loops(model, n, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slots):
+    """ValueError for ways to decode that a model of n loops cannot go, or not together."""
+    if not n and (exit_rule or warm_start or draft_loops):
         raise ValueError("exit_rule, warm_start and draft_loops need a model in which something is looped")
-    if not draft_tokens:
-        return
-    if exit_rule or warm_start or slots != "full":
-        raise ValueError("draft_tokens: not with exit_rule, warm_start or slots other than full, which change the output")
+    if n and not (1 <= min_loops <= n and 0 <= draft_loops <= n):
+        raise ValueError(f"min_loops={min_loops}, draft_loops={draft_loops}: must be from 1 and 0 to the {n} loops")
+    if draft_tokens < 0:
+        raise ValueError(f"draft_tokens={draft_tokens}: must be at least 0")
+    if draft_tokens and (exit_rule or warm_start or slots != "full"):
+        raise ValueError("draft_tokens: not with exit_rule, warm_start or slots other than full: drafts verify neither")
     if not draft_loops and draft_tokens > len(model.ahead):
-        raise ValueError(f"draft_tokens={draft_tokens}: without draft_loops at most the {len(model.ahead)} heads further ahead")
+        heads = f"at most the {len(model.ahead)} heads further ahead"
+        raise ValueError(f"draft_tokens={draft_tokens}: {heads}, or draft_loops of at least 1")
 
 
 # -----------------------------------------------------------------------------

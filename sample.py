@@ -165,4 +165,5 @@ for number, one in enumerate(shown):
 print(f"loops per token {stats['loops']}, {stats['cache_bytes_per_token']:,} bytes of cache per token", file=sys.stderr)
 if exit_when or draft_tokens:
     used = torch.tensor([loops for one in shown for loops in one.loops], dtype=torch.float)
-    print(f"loops used {used.mean():.2f} of {deepest}; {stats['accepted']} of {stats['drafted']} drafts accepted", file=sys.stderr)
+    drafts = f"{stats['accepted']} of {stats['drafted']} drafts accepted"
+    print(f"loops used {used.mean():.2f} of {deepest}; {drafts}", file=sys.stderr)
