@@ -106,8 +106,11 @@ def time_clip(model, device):
 # -----------------------------------------------------------------------------
 # decoding
 
-PLAIN = GPTConfig(bias=True)
-LOOPED = GPTConfig(n_prelude=2, n_block=4, n_coda=2, n_loop=4)
+def shapes():
+    """The two that are timed, GPT-2's unless an option says otherwise."""
+    given = {name: config[name] for name in GPTConfig.__dataclass_fields__}
+    return {"12 blocks": GPTConfig(**given),
+            "2 + 4x4 + 2": GPTConfig(**{**given, "n_prelude": 2, "n_block": 4, "n_coda": 2, "n_loop": 4})}
 
 
 def ours(model, dtype, **options):
@@ -124,7 +127,7 @@ def contestants(device):
     """{name: (run(idx, count), bytes of weights that a token reads, or None)} of GPT-2's shape, random weights."""
     torch.manual_seed(0)
     found = {}
-    for name, shape in {"12 blocks": PLAIN, "2 + 4x4 + 2": LOOPED}.items():
+    for name, shape in shapes().items():
         fresh = GPT(shape).to(device).eval()
         for dtype in (torch.float32, torch.bfloat16):
             ready, short = copy.deepcopy(fresh), str(dtype).removeprefix("torch.")
@@ -132,21 +135,24 @@ def contestants(device):
                 pack(ready, dtype)
             read = weights_read(ready) * dtype.itemsize
             found[f"{name}, {short}"] = ours(ready, dtype), read
-            if device.type == "cuda" or name == "12 blocks" and config["compile"] and dtype == torch.float32:
+            if config["compile"] and dtype == (torch.float32 if device.type == "cpu" else torch.bfloat16):
                 found[f"{name}, {short}, compiled"] = ours(ready, dtype, static=True), read
-        if device.type == "cpu":
+        if device.type == "cpu" and not shape.groups:
             found[f"{name}, float32, weights not packed"] = ours(fresh, torch.float32), weights_read(fresh) * 4
     try:
         import transformers
 
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=None, eos_token_id=None)).to(device).eval()
+        same = {name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        shape = transformers.GPT2Config(**same, n_positions=config["block_size"], bos_token_id=None, eos_token_id=None)
+        theirs = transformers.GPT2LMHeadModel(shape).to(device).eval()
         found["transformers' GPT-2, float32"] = lambda idx, count: theirs.generate(
             idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=count), None
     except ImportError:
         print("transformers is not installed: not timed")
     if peer:
         file = runpy.run_path(str(Path(peer) / "model.py"))
-        nano = file["GPT"](file["GPTConfig"](dropout=0.0)).to(device).eval()
+        shape = {name: config[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+        nano = file["GPT"](file["GPTConfig"](**shape, dropout=0.0)).to(device).eval()
         found["nanoGPT's generate, float32"] = lambda idx, count: nano.generate(idx, count, top_k=1), None
     return found
 
@@ -182,21 +188,24 @@ def speed(device):
     """A table of tokens per second and bandwidth, at each batch size, in turns."""
     field, rows = contestants(device), []
     for batch in batches:
-        idx = torch.randint(50257, (batch, prompt), device=device)
+        idx = torch.randint(config["vocab_size"], (batch, prompt), device=device)
         times = {name: [] for name in field}
-        for turn in range(rounds + 1):
+        for run, _ in field.values():
+            run(idx, 2)  # warms up
+        for _ in range(rounds):
             for name, (run, _) in field.items():
-                slow = name.startswith("nanoGPT")
-                if not slow or turn == 1:
-                    times[name].append(seconds_of(run, idx, slow))
-                    print(f"  {batch} {name}: {times[name][-1][0]:.2f} s, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
-        medians = {name: [statistics.median(part) for part in zip(*took[len(took) > 1 :])] for name, took in times.items()}
-        other = {name: medians[name][0] for name in medians if "'s" in name or "s'" in name}
+                times[name].append(seconds_of(run, idx, slow=name.startswith("nanoGPT")))
+                load = os.getloadavg()[0]
+                print(f"  {batch} {name}: {times[name][-1][0]:.2f} s, load {load:.1f}", file=sys.stderr, flush=True)
+        medians = {name: [statistics.median(part) for part in zip(*took)] for name, took in times.items()}
+        others = [name for name in field if field[name][1] is None]
         for name, (whole, first) in medians.items():
             read, step = field[name][1], (whole - first) / (new - 1)
-            rows.append([batch, name, f"{batch * new / whole:.1f}", f"{1e3 * step:.1f}", f"{read / step / 1e9:.1f}" if read else "",
-                         ", ".join(f"{took / whole:.2f}" for took in other.values())])
-    return table(["rows", "model", "tokens/s", "ms a step", "GB/s of weights", "times as fast as " + ", ".join(other)], rows)
+            rate = f"{read / step / 1e9:.1f}" if read else ""
+            times_as_fast = [f"{medians[other][0] / whole:.2f}" for other in others]
+            rows.append([batch, name, f"{batch * new / whole:.1f}", f"{1e3 * step:.1f}", rate, *times_as_fast])
+    head = ["rows", "model", "tokens/s", "ms a step", "GB/s of weights", *(f"speed to {name}" for name in others)]
+    return table(head, rows)
 
 
 def bandwidth(device):
@@ -211,19 +220,20 @@ def bandwidth(device):
             synchronize(device)
             took[name].append(time.perf_counter() - start)
     read, copied = (statistics.median(times) for times in took.values())
-    return f"Memory: {block.nbytes / read / 1e9:.1f} GB/s read, {2 * block.nbytes / copied / 1e9:.1f} GB/s read and written in a copy."
+    read, copied = block.nbytes / read / 1e9, 2 * block.nbytes / copied / 1e9
+    return f"Memory: {read:.1f} GB/s read, {copied:.1f} GB/s read and written in a copy."
 
 
 def cache_sizes():
     """A table of bytes per token for every slot policy and kind of attention, without filling anything."""
     kinds = {"multi-head": {}, "4 heads of keys and values": {"n_kv_head": 4},
-             "latent of n_embd/4": {"attention": "mla", "n_latent": 192, "position": "rope"}}
+             "latent of n_embd/4": {"attention": "mla", "n_latent": config["n_embd"] // 4, "position": "rope"}}
     rows = []
     for slots in SLOTS:
         sizes = []
         for kind in kinds.values():
             with torch.device("meta"):
-                shape = GPT(GPTConfig(**{**vars(LOOPED), **kind}))
+                shape = GPT(GPTConfig(**{**vars(shapes()["2 + 4x4 + 2"]), **kind}))
             sizes.append(Cache(shape, slots=slots, n_slot=2, size=1).bytes_per_token())
         rows.append([slots + " (2 slots)" * (slots in ("last", "mod")), *(f"{size:,}" for size in sizes)])
     return table(["slots of 2 + 4x4 + 2, float32", *kinds], rows)
@@ -233,44 +243,52 @@ def looped_measures(device):
     """Tables of exit and of speculation on a trained model, at each of the loop counts, greedy."""
     trained, folder = pretrained.load(looped).to(device), Path(config["dataset"])
     folder = folder if folder.is_dir() else Path(__file__).parent / "data" / folder
-    block_size = trained.block_size
-    split = open_split(folder, "val", load_meta(folder), block_size, trained.config.vocab_size)
-    x, y = (torch.from_numpy(part).to(device) for part in split.windows(split.spread(256)))
+    split = open_split(folder, "val", load_meta(folder), trained.block_size, trained.config.vocab_size)
+    windows = [torch.from_numpy(part).to(device) for part in split.windows(split.spread(256))]
     if device.type == "cpu":
         pack(trained)
     exits, drafted = [], []
-    text = {batch: x[:batch, : block_size // 2] for batch in batches}
     for n in loops or trained.config.counts()[-1:]:
-        rules = {"never": None} | {f"{value:g}": make_exit(trained, "state", value) for value in exit_thresholds}
-        losses = {name: exit_evaluation(trained, x, y, rule, n) for name, rule in rules.items()}
-        took = turns({(name, batch): (lambda rule=rule, batch=batch: generate(
-            trained, text[batch], block_size // 2, n_loop=n, temperature=0, exit_rule=rule)) for name, rule in rules.items() for batch in batches})
-        for name, (loss, used) in losses.items():
-            exits.append([n, name, f"{loss:.4f}", f"{loss / losses['never'][0] - 1:+.2%}", f"{used:.2f}", f"{1 - used / n:.0%}",
-                          *(f"{took['never', batch][0] / took[name, batch][0]:.2f}" for batch in batches)])
-        ways = {(0, 0): {}} | {pair: dict(draft_loops=pair[0], draft_tokens=pair[1]) for pair in drafts if pair[0] < n}
-        took = turns({(pair, batch): (lambda way=way, batch=batch: generate(
-            trained, text[batch], block_size // 2, n_loop=n, temperature=0, **way)) for pair, way in ways.items() for batch in batches})
-        for pair in [pair for pair in ways if pair[0]]:
-            both = [(took[(0, 0), batch], took[pair, batch]) for batch in batches]
-            same = [f"{(plain[1][0] == fast[1][0]).float().mean():.1%}" for plain, fast in both]
-            stats = [fast[1][1] for _, fast in both]
-            drafted.append([n, *pair, ", ".join(f"{s['accepted'] / s['drafted']:.0%}" for s in stats), ", ".join(same),
-                            *(f"{plain[0] / fast[0]:.2f}" for plain, fast in both)])
+        exits += exits_at(n, trained, *windows)
+        drafted += drafts_at(n, trained, windows[0])
     rows = [f"speed, {batch} rows" for batch in batches]
     return [table(["loops", "threshold", "loss", "change", "loops used", "saved", *rows], exits),
             table(["loops", "draft loops", "draft tokens", "accepted", "same tokens", *rows], drafted)]
 
 
-def turns(ways):
-    """{name: (median seconds, result)} of functions that take turns."""
-    took, results = {name: [] for name in ways}, {}
+def turns(trained, n, idx, ways):
+    """{(way, rows): (median seconds, result)} of continuing half windows of idx (B, T), in turns."""
+    half, took, results = trained.block_size // 2, {}, {}
     for _ in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            results[name] = way()
-            took[name].append(time.perf_counter() - start)
+        for name, options in ways.items():
+            for batch in batches:
+                start = time.perf_counter()
+                results[name, batch] = generate(trained, idx[:batch, :half], half, n_loop=n, temperature=0, **options)
+                took.setdefault((name, batch), []).append(time.perf_counter() - start)
     return {name: (statistics.median(times[1:]), results[name]) for name, times in took.items()}
+
+
+def exits_at(n, trained, x, y):
+    """Rows about exit from n loops: on windows x, y the loss and loops used, continuing them the speed."""
+    rules = {0.0: None} | {threshold: make_exit(trained, "state", threshold) for threshold in exit_thresholds}
+    took = turns(trained, n, x, {name: dict(exit_rule=rule) for name, rule in rules.items()})
+    deep = exit_evaluation(trained, x, y, None, n)[0]
+    for name, rule in rules.items():
+        loss, used = exit_evaluation(trained, x, y, rule, n)
+        speeds = [f"{took[0.0, batch][0] / took[name, batch][0]:.2f}" for batch in batches]
+        yield [n, f"{name:g}", f"{loss:.4f}", f"{loss / deep - 1:+.2%}", f"{used:.2f}", f"{1 - used / n:.0%}", *speeds]
+
+
+def drafts_at(n, trained, x):
+    """Rows about drafts for n loops: how many stand, how many tokens are those of plain decoding, the speed."""
+    pairs = [pair for pair in drafts if pair[0] < n]
+    plain = {(0, 0): {}}
+    took = turns(trained, n, x, plain | {pair: dict(draft_loops=pair[0], draft_tokens=pair[1]) for pair in pairs})
+    for pair in pairs:
+        both = [(took[(0, 0), batch], took[pair, batch]) for batch in batches]
+        same = [f"{(slow[1][0] == fast[1][0]).float().mean():.1%}" for slow, fast in both]
+        stand = [f"{fast[1][1]['accepted'] / fast[1][1]['drafted']:.0%}" for _, fast in both]
+        yield [n, *pair, ", ".join(stand), ", ".join(same), *(f"{slow[0] / fast[0]:.2f}" for slow, fast in both)]
 
 
 def table(head, rows):
@@ -280,17 +298,21 @@ def table(head, rows):
 
 def decoding(device):
     """What bench.py decode prints, as Markdown: one section."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU ({platform.machine()})"
-    before = os.getloadavg()[0]
-    parts = [f"### GPT-2's shape (12 blocks or 2 + 4x4 + 2, width 768, 50,304 tokens), prompts of {prompt}, {new} new tokens\n",
-             speed(device), "\nTokens/s with the prompt; a step without. The weights that a step reads are counted as often as they are applied.",
-             bandwidth(device), "\n### Cache, bytes per token\n", cache_sizes()]
+    cpu = f"{torch.get_num_threads()} thread(s) of a CPU ({platform.machine()})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    what = (f"Width {config['n_embd']}, {config['vocab_size']:,} ids, block_size {config['block_size']}; prompts of "
+            f"{prompt}, {new} new tokens. Tokens/s with the prompt, a step without; weights are counted as often as they are applied.")
+    before, body = os.getloadavg()[0], [
+        "### GPT-2's shape, random weights", what, speed(device), bandwidth(device), "### Cache, bytes per token",
+        cache_sizes()]
     if looped:
         exits, drafted = looped_measures(device)
-        parts += [f"\n### Exit by the change of the state: {Path(looped).name}\n", exits, "\n### Self-speculation, the same model\n", drafted]
-    load = f"Load average {before:.1f} at first, {os.getloadavg()[0]:.1f} at the end; medians of {rounds} rounds in turn."
-    gpu = "" if device.type == "cuda" else "\nNot measured on a GPU: bfloat16 there, the share of copy bandwidth, compiled steps.\n"
-    return f"## {name}, torch {torch.__version__}\n\n`{' '.join(['python', 'bench.py', *sys.argv[1:]])}`\n\n{load}\n{gpu}\n" + "\n".join(parts) + "\n"
+        body += [f"### Exit by the change of the state: {Path(looped).name}", exits,
+                 "### Self-speculation, the same model", drafted]
+    load = f"Load average {before:.1f} before, {os.getloadavg()[0]:.1f} after; medians of {rounds} rounds in turn."
+    head = [f"## {name}, torch {torch.__version__}", f"`python bench.py {' '.join(sys.argv[1:])}`", load]
+    gpu = "Not measured on a GPU: bfloat16 there, the share of its copy bandwidth, compiled steps."
+    return "\n\n".join([*head, *([] if device.type == "cuda" else [gpu]), *body]) + "\n"
 
 
 def put_section(path, section):

@@ -324,7 +324,7 @@ class Decoder:
         self.warm = like.new_zeros(len(cache.lengths), 1, model.config.n_embd) if warm_start else None
 
     def enter(self, idx, rows, seen=None):
-        """What enters the loop, its first state, and where: of tokens idx (R, T) of rows (R,), seen (R,) before them."""
+        """What enters the loop, its first state, where: of tokens idx (R, T) of rows (R,), seen (R,) before them."""
         self.cache.point(rows, seen)
         x, where = self.model.embed(idx, self.cache)
         x = self.through(range(self.last), x, where)
@@ -419,8 +419,8 @@ class Decoder:
     def draft(self, token, rows, count, n_draft, guess):
         """Draft count tokens behind token (R, 1) with n_draft loops, then go on from their states and cache to all.
 
-        guess(hidden (R, 1, C), drafts so far) -> (tokens (R,), q (R, 1, V)). Returns the last hidden states of the token
-        and the drafts (R, count + 1, C), the drafts (R, count) and their distributions (R, count, V).
+        guess(hidden (R, 1, C), drafts so far) -> (tokens (R,), q (R, 1, V)). Returns the last hidden states of both,
+        (R, count + 1, C), the drafts (R, count) and their distributions (R, count, V).
         """
         seen, chunk, states, q = self.cache.lengths[rows], token, [], []
         for j in range(count + 1):

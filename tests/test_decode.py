@@ -1,5 +1,9 @@
 """Decoding against the plain forward pass, and sample.py as a user runs it."""
 
+import io
+import json
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -468,12 +472,15 @@ def test_sample_continues_the_prompt(folder, tmp_path):
 @pytest.mark.parametrize("wrong,words", {
     "--start=\u2603": "alphabet", "--start=": "empty", "--start=FILE:nowhere.txt": "nowhere.txt", "--start=FILE:empty.txt": "empty",
     "--start=FILE:latin.txt": "alphabet", "--out_dir=nowhere": "no such checkpoint", "--n_loop=-1": "n_loop=-1", "--temperature=-1": "temperature",
-    "--num_samples=0": "num_samples", "--device=tpu": "device=", "--tpo_k=1": "top_k",
+    "--num_samples=0": "num_samples", "--device=tpu": "device=", "--tpo_k=1": "top_k", "--start=more than sixteen": "longer than the window",
+    "--automatic_loop_exit --exit_rule=gate": "exit_gate", "--automatic_loop_exit --automatic_loop_exit_threshold=-1": "threshold=-1",
+    "--slots=mod --n_slot=9": "n_slot=9", "--slots=some": "full, last", "--draft_tokens=2": "heads", "--top_p=2": "top_p=2", "--stop=FILE:no.txt": "no.txt",
 }.items())  # fmt: skip
 def test_sample_on_wrong_input(folder, tmp_path, wrong, words):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\x00")
-    run = Run("sample.py", f"--out_dir={folder}", wrong, cwd=tmp_path)
+    arguments = [wrong] if wrong.startswith("--start") else wrong.split()
+    run = Run("sample.py", f"--out_dir={folder}", "--device=cpu", *arguments, cwd=tmp_path)
     assert run.code == 2 and run.err.count("\n") == 1 and words in run.err, run.err
 
 
@@ -489,3 +496,34 @@ def test_sample_from_an_exported_folder(folder, tmp_path):
     arguments = ("--num_samples=1", "--max_new_tokens=20", "--device=cpu", "--start=def ")
     ours, exported = (Run("sample.py", f"--out_dir={path}", *arguments) for path in (folder, tmp_path / "model"))
     assert ours.code == exported.code == 0 and ours.out == exported.out
+
+
+QUICK = ("--device=cpu", "--max_new_tokens=30", "--start=def ", "--n_loop=4")
+
+
+def test_json_lines_stop_strings_and_drafts(folder, tmp_path):
+    """A sample ends before its stop string, at the same place when it was drafted."""
+    (tmp_path / "stops.txt").write_text("\x00\n \n")
+    options = ("--num_samples=4", "--jsonl", "--temperature=0.01", "--repetition_penalty=1.5", f"--stop=FILE:{tmp_path / 'stops.txt'}")
+    run = Run("sample.py", f"--out_dir={folder}", *QUICK, *options)
+    lines = [json.loads(line) for line in run.out.splitlines()]
+    assert len(lines) == 4 and all(line["prompt"] == "def " and line["loops"] == len(line["tokens"]) * [4] for line in lines)
+    assert all(" " not in line["text"] for line in lines) and any(len(line["tokens"]) < 30 for line in lines)
+    drafted = Run("sample.py", f"--out_dir={folder}", *QUICK, *options, "--draft_tokens=3", "--draft_loops=2")
+    assert drafted.out == run.out and "drafts accepted" in drafted.err
+
+
+def test_color_follows_the_loops(folder):
+    options = ("--num_samples=2", "--automatic_loop_exit", "--automatic_loop_exit_threshold=0.3", "--temperature=0")
+    plain, color = (Run("sample.py", f"--out_dir={folder}", *QUICK, *options, *more).out for more in ([], ["--color"]))
+    assert re.sub(r"\x1b\[[0-9;]*m", "", color) == plain and color.count("\x1b[30;48;5;") >= 60
+    assert len(set(re.findall(r"48;5;(\d+)m", color))) > 1
+
+
+def test_chat_goes_on_from_each_line(folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f(x):\nreturn a long line\n"))
+    run = Run("sample.py", f"--out_dir={folder}", *QUICK, "--chat", "--temperature=0")
+    first, second = run.out.split("> ")[1:3]
+    assert run.code == 0 and len(first) == len(second) == 31
+    alone = Run("sample.py", f"--out_dir={folder}", *QUICK, "--temperature=0", "--num_samples=1", "--start=def f(x):\n")
+    assert alone.out.startswith("def f(x):\n" + first)
