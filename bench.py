@@ -30,8 +30,9 @@ import torch
 import pretrained
 from configurator import clear_errors, configure
 from dataset import load_meta, open_split
-from decode import SLOTS, Cache, exit_evaluation, generate, make_exit, pack
-from device import autocast, compile_works, peak_flops, peak_memory, pick_device, pick_dtype, synchronize
+from decode import SLOTS, Cache, generate
+from device import autocast, compile_works, pack, peak_flops, peak_memory, pick_device, pick_dtype, synchronize
+from exits import exit_evaluation, make_exit
 from model import GPT, GPTConfig, spectral_clip
 
 # -----------------------------------------------------------------------------
@@ -301,7 +302,8 @@ def decoding(device):
     cpu = f"{torch.get_num_threads()} thread(s) of a CPU ({platform.machine()})"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     what = (f"Width {config['n_embd']}, {config['vocab_size']:,} ids, block_size {config['block_size']}; prompts of "
-            f"{prompt}, {new} new tokens. Tokens/s with the prompt, a step without; weights are counted as often as they are applied.")
+            f"{prompt}, {new} new tokens. Tokens/s with the prompt, a step without it; weights are counted as often as "
+            "they are applied.")
     before, body = os.getloadavg()[0], [
         "### GPT-2's shape, random weights", what, speed(device), bandwidth(device), "### Cache, bytes per token",
         cache_sizes()]

@@ -19,8 +19,9 @@ import torch
 import pretrained
 from configurator import clear_errors, configure
 from dataset import make_tokenizer
-from decode import generate, make_exit, pack
-from device import autocast, compile_works, pick_device, pick_dtype
+from decode import generate
+from device import autocast, compile_works, pack, pick_device, pick_dtype
+from exits import make_exit
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # folder of a run, a checkpoint file, an exported folder, gpt2, or hf:<name>

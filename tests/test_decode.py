@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from conftest import Run, build, tokens, train
 
-from decode import EXITS, SLOTS, Cache, Decoder, Sampling, StateExit, exit_evaluation, generate, make_exit
+from decode import SLOTS, Cache, Decoder, Sampling, generate
+from exits import EXITS, StateExit, exit_evaluation, make_exit
 from model import Where
 
 ROPE = dict(position="rope")
@@ -504,7 +505,7 @@ QUICK = ("--device=cpu", "--max_new_tokens=30", "--start=def ", "--n_loop=4")
 def test_json_lines_stop_strings_and_drafts(folder, tmp_path):
     """A sample ends before its stop string, at the same place when it was drafted."""
     (tmp_path / "stops.txt").write_text("\x00\n \n")
-    options = ("--num_samples=4", "--jsonl", "--temperature=0.01", "--repetition_penalty=1.5", f"--stop=FILE:{tmp_path / 'stops.txt'}")
+    options = ("--num_samples=4", "--jsonl", "--temperature=0", "--repetition_penalty=1.5", f"--stop=FILE:{tmp_path / 'stops.txt'}")
     run = Run("sample.py", f"--out_dir={folder}", *QUICK, *options)
     lines = [json.loads(line) for line in run.out.splitlines()]
     assert len(lines) == 4 and all(line["prompt"] == "def " and line["loops"] == len(line["tokens"]) * [4] for line in lines)
