@@ -6,8 +6,7 @@ Text from a model, token by token; every pass is another composition of the mode
     speculate:  draft tokens with a few loops, then go on from the same states and cache to full depth, which verifies
 
 A round of generate() runs the newest token of every row, and behind it what was drafted; without drafts it is plain
-decoding. Exit rules are in exits.py.
-From top to bottom: the cache, sampling, the passes, generate().
+decoding. From top to bottom: the cache, sampling, the passes, generate(). Exit rules are in exits.py.
 Shapes: B rows of a batch, R those of them that a pass is about, T new tokens, S cells, C channels, V vocabulary.
 """
 
@@ -265,8 +264,8 @@ class Decoder:
     def loops(self, loops, s, e, where, number=None):
         """The state after these loops of a stage, the last group by default."""
         number = self.last if number is None else number
-        stage, turn = self.schedule[number][0], self.cache.groups[number].turn
         for i in loops:
+            stage, turn = self.schedule[number][0], self.cache.groups[number].turn
             self.cache.open(turn + i * len(stage.blocks), len(stage.blocks))
             s = self.way(pass_loop, s)(stage, s, e, self.index[i], where)
         return s
@@ -305,7 +304,7 @@ class Decoder:
     def prefill(self, idx, rows, lengths):
         """The last hidden state (R, 1, C) of each of rows (R,), prompts idx (R, T) of lengths (R,), at full depth."""
         e, s, where = self.enter(idx, rows)
-        s = self.loops(range(self.n), s, e, where) if self.loop else s
+        s = self.loops(range(self.n), s, e, where)
         hidden, last = self.leave(s, where), (lengths - 1 + self.cache.offset).to(s.device)
         self.cache.advance(lengths)
         row = torch.arange(len(s), device=s.device)
@@ -320,7 +319,7 @@ class Decoder:
         if self.rule:
             s, used = self.adaptive(s, e, where)
         else:
-            s, used = self.loops(range(self.n), s, e, where) if self.loop else s, torch.full((len(s),), self.n)
+            s, used = self.loops(range(self.n), s, e, where), torch.full((len(s),), self.n)
         if self.warm is not None:
             self.warm[rows] = s
         hidden = self.leave(s, where)
@@ -354,7 +353,7 @@ class Decoder:
             new, p = guess(head(hidden), chunk[:, 1:])
             chunk, q = torch.cat((chunk, new.unsqueeze(1)), 1), [*q, p]
         e, s, where = self.enter(chunk, rows)
-        s = self.loops(range(self.n), s, e, where) if self.loop else s
+        s = self.loops(range(self.n), s, e, where)
         return self.leave(s, where), chunk[:, 1:], torch.cat(q, 1)
 
     def slide(self, rows, tokens, lengths, step):

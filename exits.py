@@ -124,14 +124,13 @@ def exit_evaluation(model, idx, targets, exit_rule, n_loop=None, min_loops=1):
     read logits and blocks behind the loop it is close to that, not the same: such a block then sees the tokens before
     as they are after as many loops, in decoding as they are in the end.
     """
-    (x, where), T, schedule = model.embed(idx), idx.size(1), model.schedule(n_loop)
-    last = max(number for number, (_, count) in enumerate(schedule) if count)
-    loop, (n,) = schedule[last]
+    (x, where), T = model.embed(idx), idx.size(1)
+    before, loop, n, after = model.around_the_loop(n_loop)
 
     def readout(s):
-        return model.transformer.ln_f(model.pass_through(schedule[last + 1 :], loop.exit(s), where))
+        return model.transformer.ln_f(model.pass_through(after, loop.exit(s), where))
 
-    e, kept = loop.entry(model.pass_through(schedule[:last], x, where)), StandIn()
+    e, kept = loop.entry(model.pass_through(before, x, where)), StandIn()
     s = loop.init_state(e, where)
     carry, used = exit_rule and exit_rule.start(s), torch.full(e.shape[:2], n, device=e.device)
     for i in range(n):
