@@ -276,14 +276,16 @@ class Decoder:
     def adaptive(self, s, e, where):
         """The state (R, 1, C) at which the rule stops each row, and after how many loops (R,)."""
         rows, carry, whole = torch.arange(len(s), device=s.device), self.rule.start(s), (e, where)
-        final, used = torch.empty_like(s), torch.zeros_like(rows)
+        gone, final, used = [], [], []
         for i in range(self.n):
             s = self.loops([i], s, e, where)
             going, carry = self.going(i, carry, s, where)
             if going.all():
                 continue
-            final[rows[~going]], used[rows[~going]] = s[~going], i + 1
-            self.cache.select(rows[~going])
+            gone.append(rows[~going])
+            final.append(s[~going])
+            used.append(torch.full_like(gone[-1], i + 1))
+            self.cache.select(gone[-1])
             self.cache.stand_in(self.cache.groups[self.last], i)
             rows = rows[going]
             self.cache.select(rows)
@@ -291,7 +293,8 @@ class Decoder:
                 break
             s, e, where, carry = s[going], whole[0][rows], whole[1].rows(rows), [part[going] for part in carry]
         self.cache.select(None)
-        return final, used.cpu()
+        order = torch.cat(gone).argsort()
+        return torch.cat(final)[order], torch.cat(used)[order].cpu()
 
     def going(self, i, carry, s, where):
         """Which rows (R,) are not done after loop i, and what the rule carries on."""
@@ -309,7 +312,7 @@ class Decoder:
         self.cache.advance(lengths)
         row = torch.arange(len(s), device=s.device)
         if self.warm is not None:
-            self.warm[rows] = s[row, last].unsqueeze(1)
+            self.warm[rows] = s[row, last].unsqueeze(1).to(self.warm.dtype)
         return hidden[row, last].unsqueeze(1)
 
     def step(self, token, rows):
@@ -321,7 +324,7 @@ class Decoder:
         else:
             s, used = self.loops(range(self.n), s, e, where), torch.full((len(s),), self.n)
         if self.warm is not None:
-            self.warm[rows] = s
+            self.warm[rows] = s.to(self.warm.dtype)
         hidden = self.leave(s, where)
         self.cache.advance(1)
         return hidden, used
