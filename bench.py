@@ -315,7 +315,8 @@ def decoding(device):
                  "### Self-speculation, the same model", drafted]
     load = f"Load average {before:.1f} before, {os.getloadavg()[0]:.1f} after; medians of {rounds} rounds in turn."
     rows = " and ".join(map(str, batches))
-    head = [f"## {name}, torch {torch.__version__}, {rows} row(s), {prompt} + {new} tokens", f"`python bench.py {' '.join(sys.argv[1:])}`", load]
+    title = f"## {name}, torch {torch.__version__}, {rows} row(s), {prompt} + {new} tokens"
+    head = [title, f"`python bench.py {' '.join(sys.argv[1:])}`", load]
     gpu = "Not measured on a GPU: bfloat16 there, the share of its copy bandwidth, compiled steps."
     return "\n\n".join([*head, *([] if device.type == "cuda" else [gpu]), *body]) + "\n"
 
