@@ -137,7 +137,7 @@ def contestants(device):
             read = weights_read(ready) * dtype.itemsize
             found[f"{name}, {short}"] = ours(ready, dtype), read
             if config["compile"] and dtype == (torch.float32 if device.type == "cpu" else torch.bfloat16):
-                found[f"{name}, {short}, compiled"] = ours(ready, dtype, static=True), read
+                found[f"{name}, {short}, compiled"] = ours(fresh, dtype, static=True), read
         if device.type == "cpu" and not shape.groups:
             found[f"{name}, float32, weights not packed"] = ours(fresh, torch.float32), weights_read(fresh) * 4
     try:

@@ -91,8 +91,13 @@ def pack(model, dtype=torch.float32):
     """Let the Linear layers of a model on a CPU read weights in dtype that oneDNN has put in order, to decode alone.
 
     A few rows of tokens then cost what reading the weights costs. float32 weights of a single row lie by columns, which
-    matrix-vector products read faster. Takes the memory of a second model.
+    matrix-vector products read faster. Takes the memory of two more models, and is nothing that torch.compile takes.
+    Returns whether this torch has oneDNN for dtype; if not, nothing changes.
     """
+    known = torch.backends.mkldnn.is_available() and (
+        dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not known:
+        return False
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             weight = module.weight.detach()
@@ -100,6 +105,7 @@ def pack(model, dtype=torch.float32):
             columns = weight.t().contiguous().t() if dtype == torch.float32 else None
             bias = None if module.bias is None else module.bias.detach()
             module.forward = functools.partial(packed_linear, order, columns, bias, dtype)
+    return True
 
 
 def packed_linear(order, columns, bias, dtype, x):

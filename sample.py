@@ -99,7 +99,7 @@ def sample(prompt, rows):
     """rows continuations of the tokens prompt, the first shown as it comes."""
     shown = [Shown(live=row == 0 and not jsonl) for row in range(rows)]
     idx = torch.tensor([prompt] * rows, device=device)
-    with clear_errors(), autocast(device, torch.float32 if device.type == "cpu" else dtype):
+    with clear_errors(), autocast(device, torch.float32 if packed else dtype):
         stats = generate(
             model, idx, max_new_tokens, n_loop=n_loop or None, temperature=temperature, top_k=top_k or None,
             top_p=top_p or None, min_p=min_p or None, repetition_penalty=repetition_penalty, generator=generator,
@@ -134,9 +134,8 @@ with clear_errors():
 
 if device.type == "cuda":
     torch.set_float32_matmul_precision("high")  # TF32
-if device.type == "cpu":
-    pack(model, dtype)
 compile = compile and compile_works(device)
+packed = device.type == "cpu" and not compile and pack(model, dtype)
 generator = torch.Generator(device).manual_seed(seed)
 
 while chat:

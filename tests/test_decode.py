@@ -1,5 +1,6 @@
 """Decoding against the plain forward pass, and sample.py as a user runs it."""
 
+import copy
 import io
 import json
 import re
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from conftest import Run, build, tokens, train
 
 from decode import SLOTS, Cache, Decoder, Sampling, generate
+from device import pack
 from exits import EXITS, StateExit, exit_evaluation, make_exit
 from model import Where
 
@@ -404,6 +406,18 @@ def test_embeddings_in_place_of_tokens():
             parts.append(model.hidden(part, cache=cache))
             cache.advance(3)
     torch.testing.assert_close(torch.cat(parts, 1), hidden, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype,near", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
+@torch.no_grad()
+def test_packed_weights_compute_the_same(dtype, near):
+    """Of one row and of several."""
+    model = build(spread=0.1, attention="mla", tie_weights=False)
+    for idx in (ids(1, 1), ids(3, 7)):
+        want = model(idx, idx)[0]
+        plain = copy.deepcopy(model)
+        assert not pack(plain, dtype) or (plain(idx, idx)[0] - want).abs().max() < near * want.abs().max()
+        assert torch.equal(model(idx, idx)[0], want)
 
 
 def test_one_compilation_serves_every_loop_count_and_slot():
