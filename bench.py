@@ -4,22 +4,35 @@ Speed and memory of a training step, at each of several loop counts, on random t
     python bench.py config/quickstart.py --loops=1,2,4,8
     python bench.py config/train_gpt2_looped.py --device=cuda --batch_size=16
 
+and of decoding, of GPT-2's shape against others' and of a trained looped model with exit and speculation:
+
+    python bench.py decode --peer=../nanoGPT --looped=out-shakespeare-char-cpu-looped --dataset=shakespeare_char \
+        --loops=6,8,12 --write=BENCHMARKS.md
+
 Takes every option of train.py and of GPTConfig. The counts take turns, round after round, and medians are printed, so
 that a busy machine disturbs them alike. On a GPU memory is what tensors took; on a CPU it is what a fresh process
 that does one step at this count took at its peak, the interpreter and torch included.
 """
 
+import copy
 import multiprocessing
+import os
+import platform
+import runpy
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
+import pretrained
 from configurator import clear_errors, configure
-from dataset import load_meta
-from device import autocast, compile_works, peak_flops, peak_memory, pick_device, pick_dtype, synchronize
+from dataset import load_meta, open_split
+from decode import SLOTS, Cache, generate
+from device import autocast, compile_works, pack, peak_flops, peak_memory, pick_device, pick_dtype, synchronize
+from exits import exit_evaluation, make_exit
 from model import GPT, GPTConfig, spectral_clip
 
 # -----------------------------------------------------------------------------
@@ -27,7 +40,17 @@ loops = ()  # loop counts to time, such as 1,2,4,8; (): the config's own
 rounds = 5  # turns of each count
 steps = 5  # training steps in a turn
 threads = 0  # of the CPU; 0: torch's choice
-config, given = configure(globals(), ("train.py", ""), ("model.py", "GPTConfig"))
+# of decoding
+batches = 1, 16  # rows
+prompt = 128  # tokens of each row
+new = 128  # and how many are added
+peer = ""  # folder of nanoGPT, to time its generate()
+looped = ""  # folder of a trained model, at whose --loops exit and speculation are measured on --dataset
+exit_thresholds = 0.05, 0.1, 0.15  # of the relative change of the state
+drafts = (2, 3), (3, 4), (4, 6)  # pairs of draft loops and draft tokens
+write = ""  # a file whose section about this machine is replaced
+command, argv = (sys.argv[1], sys.argv[2:]) if sys.argv[1:2] == ["decode"] else ("train", sys.argv[1:])
+config, given = configure(globals(), ("train.py", ""), ("model.py", "GPTConfig"), argv=argv)
 
 
 # -----------------------------------------------------------------------------
@@ -80,6 +103,241 @@ def time_clip(model, device):
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
+
+# -----------------------------------------------------------------------------
+# decoding
+
+def shapes():
+    """The two that are timed, GPT-2's unless an option says otherwise."""
+    given = {name: config[name] for name in GPTConfig.__dataclass_fields__}
+    return {"12 blocks": GPTConfig(**given),
+            "2 + 4x4 + 2": GPTConfig(**{**given, "n_prelude": 2, "n_block": 4, "n_coda": 2, "n_loop": 4})}
+
+
+def ours(model, dtype, **options):
+    """A way to continue idx (B, T) by count tokens, as all contestants are."""
+
+    def run(idx, count):
+        with autocast(idx.device, dtype if idx.device.type != "cpu" else torch.float32):
+            return generate(model, idx, count, temperature=0, **options)[0]
+
+    return run
+
+
+def contestants(device):
+    """{name: (run(idx, count), bytes of weights that a token reads, or None)} of GPT-2's shape, random weights."""
+    torch.manual_seed(0)
+    found = {}
+    for name, shape in shapes().items():
+        fresh = GPT(shape).to(device).eval()
+        for dtype in (torch.float32, torch.bfloat16):
+            ready, short = copy.deepcopy(fresh), str(dtype).removeprefix("torch.")
+            if device.type == "cpu":
+                pack(ready, dtype)
+            read = weights_read(ready) * dtype.itemsize
+            found[f"{name}, {short}"] = ours(ready, dtype), read
+            if config["compile"] and dtype == (torch.float32 if device.type == "cpu" else torch.bfloat16):
+                found[f"{name}, {short}, compiled"] = ours(fresh, dtype, static=True), read
+        if device.type == "cpu" and not shape.groups:
+            found[f"{name}, float32, weights not packed"] = ours(fresh, torch.float32), weights_read(fresh) * 4
+    try:
+        import transformers
+
+        same = {name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        shape = transformers.GPT2Config(**same, n_positions=config["block_size"], bos_token_id=None, eos_token_id=None)
+        theirs = transformers.GPT2LMHeadModel(shape).to(device).eval()
+        found["transformers' GPT-2, float32"] = lambda idx, count: theirs.generate(
+            idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=count), None
+    except ImportError:
+        print("transformers is not installed: not timed")
+    if peer:
+        file = runpy.run_path(str(Path(peer) / "model.py"))
+        shape = {name: config[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+        nano = file["GPT"](file["GPTConfig"](**shape, dropout=0.0)).to(device).eval()
+        found["nanoGPT's generate, float32"] = lambda idx, count: nano.generate(idx, count, top_k=1), None
+    return found
+
+
+def weights_read(model):
+    """Parameters that multiply a token: of Linear layers, as often as they are applied."""
+    def linear(part):
+        return sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
+
+    loops = sum(sum(count) * sum(map(linear, (stage.inject, *stage.blocks))) if count else linear(stage)
+                for stage, count in model.schedule())
+    return loops + model.lm_head.weight.numel()
+
+
+@torch.no_grad()
+def seconds_of(run, idx, slow):
+    """Seconds to continue idx by new tokens, and for a prompt and one token. slow: from three of the tokens."""
+    def clock(text, count):
+        synchronize(idx.device)
+        start = time.perf_counter()
+        run(text, count)
+        synchronize(idx.device)
+        return time.perf_counter() - start
+
+    if not slow:
+        return clock(idx, new), clock(idx, 1)
+    longer = idx.repeat(1, 2 + new // idx.size(1))
+    places = (idx.size(1), idx.size(1) + new // 2, idx.size(1) + new - 1)
+    return new * statistics.mean(clock(longer[:, :place], 1) for place in places), clock(idx, 1)
+
+
+def speed(device):
+    """A table of tokens per second and bandwidth, at each batch size, in turns."""
+    field, rows = contestants(device), []
+    for batch in batches:
+        idx = torch.randint(config["vocab_size"], (batch, prompt), device=device)
+        times = {name: [] for name in field}
+        for run, _ in field.values():
+            run(idx, 2)  # warms up
+        for turn in range(rounds):
+            for name, (run, _) in field.items():
+                slow = name.startswith("nanoGPT")  # and therefore only once
+                times[name].append(seconds_of(run, idx, slow) if not (slow and turn) else times[name][0])
+                load = os.getloadavg()[0]
+                print(f"  {batch} {name}: {times[name][-1][0]:.2f} s, load {load:.1f}", file=sys.stderr, flush=True)
+        medians = {name: [statistics.median(part) for part in zip(*took)] for name, took in times.items()}
+        others = [name for name in field if field[name][1] is None]
+        for name, (whole, first) in medians.items():
+            read, step = field[name][1], (whole - first) / (new - 1)
+            rate = f"{read / step / 1e9:.1f}" if read else ""
+            ratios = [[b[0] / a[0] for a, b in zip(times[name], times[other])] for other in others]  # of each round
+            times_as_fast = [f"{statistics.median(part):.2f}" for part in ratios]
+            rows.append([batch, name, f"{batch * new / whole:.1f}", f"{1e3 * step:.1f}", rate, *times_as_fast])
+    head = ["rows", "model", "tokens/s", "ms a step", "GB/s of weights", *(f"speed to {name}" for name in others)]
+    return table(head, rows)
+
+
+def bandwidth(device):
+    """GB/s of reading and of copying 256 MiB."""
+    block = torch.zeros(2**26, device=device)
+    other, took = torch.empty_like(block), {"read": [], "copied": []}
+    for _ in range(5):
+        for name, work in {"read": block.sum, "copied": lambda: other.copy_(block)}.items():
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            took[name].append(time.perf_counter() - start)
+    read, copied = (statistics.median(times) for times in took.values())
+    read, copied = block.nbytes / read / 1e9, 2 * block.nbytes / copied / 1e9
+    return f"Memory: {read:.1f} GB/s read, {copied:.1f} GB/s read and written in a copy."
+
+
+def cache_sizes():
+    """A table of bytes per token for every slot policy and kind of attention, without filling anything."""
+    kinds = {"multi-head": {}, "4 heads of keys and values": {"n_kv_head": 4},
+             "latent of n_embd/4": {"attention": "mla", "n_latent": config["n_embd"] // 4, "position": "rope"}}
+    rows = []
+    for slots in SLOTS:
+        sizes = []
+        for kind in kinds.values():
+            with torch.device("meta"):
+                shape = GPT(GPTConfig(**{**vars(shapes()["2 + 4x4 + 2"]), **kind}))
+            sizes.append(Cache(shape, slots=slots, n_slot=2, size=1).bytes_per_token())
+        rows.append([slots + " (2 slots)" * (slots in ("last", "mod")), *(f"{size:,}" for size in sizes)])
+    return table(["slots of 2 + 4x4 + 2, float32", *kinds], rows)
+
+
+def looped_measures(device):
+    """Tables of exit and of speculation on a trained model, at each of the loop counts, greedy."""
+    trained, folder = pretrained.load(looped).to(device), Path(config["dataset"])
+    folder = folder if folder.is_dir() else Path(__file__).parent / "data" / folder
+    split = open_split(folder, "val", load_meta(folder), trained.block_size, trained.config.vocab_size)
+    windows = [torch.from_numpy(part).to(device) for part in split.windows(split.spread(256))]
+    if device.type == "cpu":
+        pack(trained)
+    exits, drafted = [], []
+    for n in loops or trained.config.counts()[-1:]:
+        exits += exits_at(n, trained, *windows)
+        drafted += drafts_at(n, trained, windows[0])
+    rows = [f"speed, {batch} rows" for batch in batches]
+    return [table(["loops", "threshold", "loss", "change", "loops used", "saved", *rows], exits),
+            table(["loops", "draft loops", "draft tokens", "accepted", "same tokens", *rows], drafted)]
+
+
+def turns(trained, n, idx, ways):
+    """{(way, rows): (median seconds, result)} of continuing half windows of idx (B, T), in turns."""
+    half, took, results = trained.block_size // 2, {}, {}
+    for _ in range(rounds + 1):
+        for name, options in ways.items():
+            for batch in batches:
+                start = time.perf_counter()
+                results[name, batch] = generate(trained, idx[:batch, :half], half, n_loop=n, temperature=0, **options)
+                took.setdefault((name, batch), []).append(time.perf_counter() - start)
+    return {name: (statistics.median(times[1:]), results[name]) for name, times in took.items()}
+
+
+def exits_at(n, trained, x, y):
+    """Rows about exit from n loops: on windows x, y the loss and loops used, continuing them the speed."""
+    rules = {0.0: None} | {threshold: make_exit(trained, "state", threshold) for threshold in exit_thresholds}
+    took = turns(trained, n, x, {name: dict(exit_rule=rule) for name, rule in rules.items()})
+    deep = exit_evaluation(trained, x, y, None, n)[0]
+    for name, rule in rules.items():
+        loss, used = exit_evaluation(trained, x, y, rule, n)
+        speeds = [f"{took[0.0, batch][0] / took[name, batch][0]:.2f}" for batch in batches]
+        yield [n, f"{name:g}", f"{loss:.4f}", f"{loss / deep - 1:+.2%}", f"{used:.2f}", f"{1 - used / n:.0%}", *speeds]
+
+
+def drafts_at(n, trained, x):
+    """Rows about drafts for n loops: how many stand, how many tokens are those of plain decoding, the speed."""
+    pairs = [pair for pair in drafts if pair[0] < n]
+    plain = {(0, 0): {}}
+    took = turns(trained, n, x, plain | {pair: dict(draft_loops=pair[0], draft_tokens=pair[1]) for pair in pairs})
+    for pair in pairs:
+        both = [(took[(0, 0), batch], took[pair, batch]) for batch in batches]
+        same = [f"{(slow[1][0] == fast[1][0]).float().mean():.1%}" for slow, fast in both]
+        stand = [f"{fast[1][1]['accepted'] / fast[1][1]['drafted']:.0%}" for _, fast in both]
+        yield [n, *pair, ", ".join(stand), ", ".join(same), *(f"{slow[0] / fast[0]:.2f}" for slow, fast in both)]
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def decoding(device):
+    """What bench.py decode prints, as Markdown: one section."""
+    cpu = f"{torch.get_num_threads()} thread(s) of a CPU ({platform.machine()})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    what = (f"Width {config['n_embd']}, {config['vocab_size']:,} ids, block_size {config['block_size']}; prompts of "
+            f"{prompt}, {new} new tokens. Tokens/s with the prompt, a step without it; weights are counted as often as "
+            "they are applied.")
+    before, body = os.getloadavg()[0], [
+        "### GPT-2's shape, random weights", what, speed(device), bandwidth(device), "### Cache, bytes per token",
+        cache_sizes()]
+    if looped:
+        exits, drafted = looped_measures(device)
+        body += [f"### Exit by the change of the state: {Path(looped).name}", exits,
+                 "### Self-speculation, the same model", drafted]
+    load = f"Load average {before:.1f} before, {os.getloadavg()[0]:.1f} after; medians of {rounds} rounds in turn."
+    rows = " and ".join(map(str, batches))
+    title = f"## {name}, torch {torch.__version__}, {rows} row(s), {prompt} + {new} tokens"
+    head = [title, f"`python bench.py {' '.join(sys.argv[1:])}`", load]
+    gpu = "Not measured on a GPU: bfloat16 there, the share of its copy bandwidth, compiled steps."
+    return "\n\n".join([*head, *([] if device.type == "cuda" else [gpu]), *body]) + "\n"
+
+
+def put_section(path, section):
+    """Replace the section of a Markdown file with the same heading, or add it."""
+    text = path.read_text("utf-8") if path.exists() else "# Benchmarks\n\nWritten by bench.py.\n\n"
+    head, *sections = text.split("\n## ")
+    sections = [part for part in sections if part.split("\n")[0] != section[3:].split("\n")[0]]
+    path.write_text("\n## ".join([head, *sections, section[3:]]), "utf-8")
+
+
+if __name__ == "__main__" and command == "decode":
+    with clear_errors():
+        if threads:
+            torch.set_num_threads(threads)
+        section = decoding(pick_device(config["device"]))
+        print(section)
+        if write:
+            put_section(Path(write), section)
+    sys.exit()
 
 if __name__ == "__main__":
     with clear_errors():

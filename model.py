@@ -797,7 +797,7 @@ class GPT(nn.Module):
             raise ValueError(f"{seen + idx.size(1)} tokens are more than block_size={self.block_size}")
         x = idx if idx.is_floating_point() else self.config.embedding_scale * self.transformer.wte(idx)
         x = x if seen else self.prefix(x, shift)
-        position, mask = self.look(x, idx) if cache is None else cache.look(x)
+        position, mask = (self if cache is None else cache).look(x, idx)
         where = Where(position, mask, self.turn(position), idx, cache)
         return self.transformer.drop(self.transformer.ln_e(self.transformer.wpe(x, where))), where
 

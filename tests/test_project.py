@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import LOOPED, ROOT, Run, build, tokens
+from conftest import LOOPED, ROOT, Run, build, tokens, train
 
 from configurator import read_config_file, read_knobs
 from model import GPT, GPTConfig
@@ -46,6 +46,22 @@ def test_bench_says_what_spectral_clipping_costs():
     ms, share = re.search(r"every block: ([\d.]+) ms; ([\d.]+)% of a training step of 4 micro-steps, every 10", run.out).groups()
     step = float(run.out.splitlines()[2].split()[1])
     assert float(share) == pytest.approx(100 * float(ms) / 40 / step, rel=0.2)
+
+
+def test_bench_measures_decoding(tmp_path, corpus):
+    """Of tiny shapes: tables of speed, cache, exit and speculation, in a file whose other sections stay."""
+    assert train(corpus, tmp_path / "out").code == 0
+    (tmp_path / "B.md").write_text("# Benchmarks\n\n## another machine\n\nkept\n")
+    for _ in range(2):
+        run = Run("bench.py", "decode", "--device=cpu", "--compile=False", "--prompt=4", "--new=2", "--batches=1,2", "--rounds=1", "--n_embd=48",
+                  "--vocab_size=64", f"--looped={tmp_path / 'out'}", f"--dataset={corpus}", "--loops=3,", "--drafts=[[1,2]]", "--exit_thresholds=0.1,", f"--write={tmp_path / 'B.md'}")  # fmt: skip
+        assert run.code == 0, run.err
+    text = (tmp_path / "B.md").read_text()
+    assert text.count("\n## ") == 2 and "kept" in text and run.out.strip() in text
+    rows = [line.split(" | ") for line in run.out.splitlines() if line.startswith("| ")]
+    sizes = {row[0]: row[1:] for row in rows if row[0].startswith("| full")}["| full"]
+    assert sizes[0] == f"{20 * 2 * 48 * 4:,}"
+    assert any(row[:2] == ["| 3", "0.1"] for row in rows) and any(row[:3] == ["| 3", "1", "2"] and "100.0%, 100.0%" in row for row in rows)
 
 
 @pytest.mark.parametrize("wrong", ["--loops=0", "--rounds=0", "--n_embd=30", "--learning_rte=1"])
