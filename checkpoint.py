@@ -73,8 +73,10 @@ def write_part(path, write):
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # torch's writer, in which the disk's own error got lost
+            raise OSError(f"{part}: cannot be written ({error.__context__ or error})") from None
         raise
     return part
 
@@ -110,6 +112,8 @@ def load(source):
             continue
         for problem in problems:
             print(f"{problem}; going back to {path}", file=sys.stderr)
+        if source.is_dir() and "format" in checkpoint and not read_manifest(source):
+            print(f"{source / MANIFEST}: missing or damaged, {path.name} could not be verified", file=sys.stderr)
         return checkpoint
     raise ValueError("; ".join(problems))
 
@@ -133,8 +137,6 @@ def read(path):
     except Exception as error:  # torch raises many types for a file it cannot read; all mean the same here
         reason = str(error).splitlines()[0][:120] if str(error) else ""
         raise ValueError(f"{path}: not a checkpoint ({type(error).__name__}: {reason})") from None
-    if "format" in checkpoint and not listed:
-        print(f"{path}: {MANIFEST} is missing or damaged, so it could not be verified", file=sys.stderr)
     return checkpoint
 
 
@@ -157,11 +159,10 @@ def sha256(path):
 
 
 def check_zip(path):
-    """ValueError for a file that is compressed, as torch's never are: a small one could fill the memory."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
-                raise ValueError("it holds more than its size")
+    """ValueError for a file of another form than torch writes since 1.6, or compressed, which could fill the memory."""
+    with zipfile.ZipFile(path) as file:
+        if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
+            raise ValueError("it holds more than its size")
 
 
 def check(checkpoint):
