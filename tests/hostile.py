@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import random
 import re
 import resource
 import sys
@@ -33,8 +34,8 @@ WRITES = ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "os.tru
 CHARS = {"tokenizer": "char", "chars": "".join(sorted({*prose(1, 3000), *prose(2, 3000)}))}
 
 
-def play(folder, trials=0):
-    """Yields "" or what went wrong, for each of the corpus."""
+def play(folder, trials):
+    """Yields "" or what went wrong, for each of the corpus, or for so many drawn from it."""
     folder = Path(folder, "hostile").resolve()
     for name in ("data", "out", "marks"):
         Path(folder, name).mkdir(parents=True)
@@ -42,15 +43,16 @@ def play(folder, trials=0):
     good = {"model_args": vars(build(vocab_size=len(CHARS["chars"])).config), "iter_num": 3, "best_val_loss": 2.0,
             "model": build(vocab_size=len(CHARS["chars"])).state_dict(), "config": {}, "tokenizer": CHARS, "format": 1}  # fmt: skip
     torch.save(good, folder / "good.pt")
+    attempts = [(kind.__name__, *case) for kind in (checkpoints, metas, tokens, configs, options, prompts) for case in kind(folder, good)]
+    attempts = attempts if trials >= len(attempts) else random.sample(attempts, trials)
     seen = watch(folder)
     limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for kind in (checkpoints, metas, tokens, configs, options, prompts):
-        for name, attempt in kind(folder, good):
-            said = outcome(attempt)
-            marks = os.listdir(folder / "marks")
-            yield "" if said == "" and not seen and not marks else f"{kind.__name__}, {name}: {said} {seen} {marks}"
-            seen.clear()
+    for kind, name, attempt in attempts:
+        said = outcome(attempt)
+        marks = os.listdir(folder / "marks")
+        yield "" if said == "" and not seen and not marks else f"{kind}, {name}: {said} {seen} {marks}"
+        seen.clear()
 
 
 def watch(folder):
@@ -139,11 +141,9 @@ def checkpoints(folder, good):
         path.write_bytes(data)
         yield name, lambda path=path: pretrained.load(path)
         yield f"{name}, by train.py", lambda path=path: run(folder, f"--init_from={path}")
-    (folder / "out").mkdir(exist_ok=True)
     for name, content in {"optimizer": {"adamw": {"state": {}, "param_groups": [{"params": [0]}]}}, "an optimizer of text": {"adamw": "x"},
                           "moments": moments(good)}.items():  # fmt: skip
-        checkpoint.save(folder / "out", changed(optimizer=content))
-        yield f"resume: {name}", lambda: run(folder, "--init_from=resume", "--optimizer=adamw")
+        yield f"resume: {name}", lambda content=content: resumed(folder, changed(optimizer=content))
     for name, text in {"a number": "5", "numbers": "[1, 2]", "deep": "[" * 10**5, "no text": "\0"}.items():
         yield f"manifest: {name}", lambda text=text: with_manifest(folder, good, text)
 
@@ -173,6 +173,11 @@ def moments(good):
                       "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": True})  # fmt: skip
     wrong = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2, 2), "exp_avg_sq": torch.zeros(2, 2)}
     return {"adamw": {"state": {0: wrong}, "param_groups": state}}
+
+
+def resumed(folder, ckpt):
+    checkpoint.save(folder / "out", ckpt)
+    return run(folder, "--init_from=resume", "--optimizer=adamw")
 
 
 def with_manifest(folder, good, text):
@@ -269,7 +274,6 @@ def configured(argument):
 def prompts(folder, good):
     short = ("--max_new_tokens=3", "--num_samples=1", "--device=cpu", f"--out_dir={folder / 'good.pt'}")
     for name, data in {"empty": b"", "not UTF-8": b"\xff\xfe", "NUL": b"\0" * 99, "another alphabet": "Ω".encode(), "pickle": pickle.dumps(Payload(folder))}.items():
-        (folder / "prompt.txt").write_bytes(data)
         yield name, lambda data=data: replaced(folder, data, short)
     for name, start in {"missing file": "FILE:nowhere", "a folder": f"FILE:{folder}", "a NUL in the name": "FILE:a\0b", "a long name": "FILE:" + "x" * 10**5}.items():
         yield name, lambda start=start: Run("sample.py", *short, f"--start={start}")

@@ -179,7 +179,7 @@ def difference(a, b, where=""):
     elif isinstance(a, (list, tuple)):
         places = [difference(x, y, f"{where}.{i}") for i, (x, y) in enumerate(zip(a, b))] if len(a) == len(b) else [where]
     else:
-        places = [] if a == b else [where]
+        places = [] if a == b or a != a and b != b else [where]  # NaN is NaN
     return next(filter(None, places), "")
 
 
@@ -492,7 +492,7 @@ def poisoned(place, trials):
     as they were; and from some step on in all: the run stops, and the last checkpoint is good."""
     options = (*NOISY, "--max_iters=130", "--eval_interval=200", "--save_interval=1", "--keep_last=131", "--eval_iters=1")
     for trial in range(trials):
-        how, processes = ("nan", "inf", "gradient", "spike")[trial % 4], 1 + trial // 4 % 2
+        how, processes = ("nan", "inf", "gradient", "spike")[trial % 4], 1 + (trial + trial // 4) % 2
         out, printed = place.new()
         at = random.randint(105, 125) if how == "spike" else random.randint(0, 10)
         stop = () if how == "spike" else ("--max_iters=13",)
@@ -546,19 +546,20 @@ def stays_good(place, how, at):
     return "" if fine and "skipped" in tail(printed) else f"{codes}, saved at {kept['iter_num']}, went to {stopped}: {tail(printed)}"
 
 
-def long_run(place, trials):
-    """Resident memory, open files and temporary files over 2,000 steps, with saves and evaluations."""
+def long_run(place, trials, steps=2000):
+    """Resident memory, open files and temporary files over many steps, with saves and evaluations."""
     for _ in range(trials):
         out, printed = place.new()
-        temporary = len(os.listdir(tempfile.gettempdir()))
-        process = start(printed, *place.call(out, "--max_iters=2000", "--eval_interval=50", "--save_interval=10", "--log_interval=10"))
-        early, late = (use_of(process, out, step) for step in (500, 1950))
+        temporary = out.with_name("temporary")
+        temporary.mkdir()
+        process = start(printed, *place.call(out, f"--max_iters={steps}", "--eval_interval=50", "--save_interval=10", "--log_interval=10"), TMPDIR=str(temporary))
+        early, late = (use_of(process, out, step) for step in (steps // 4, steps - 50))
         codes, files = end([process]), sorted(os.listdir(out))
         wrong = "" if codes == [0] else tail(printed)
-        COUNTS["MiB at step 1,950 less those at step 500"] = round((late[0] - early[0]) / 2**20, 2)
-        flat = late[0] - early[0] < 4 * 2**20 and late[1] == early[1] and len(os.listdir(tempfile.gettempdir())) <= temporary
+        COUNTS["MiB gained after a quarter of the steps"] = round((late[0] - early[0]) / 2**20, 2)
+        flat = late[0] - early[0] < 4 * 2**20 and late[1] == early[1] and not os.listdir(temporary)
         expected = ["ckpt.json", "ckpt.pt", "ckpt_prev.pt", "config.json", "lock", "log.jsonl"]
-        yield wrong or ("" if flat and files == expected else f"{early} at 500, {late} at 1,950, {files}")
+        yield wrong or ("" if flat and files == expected else f"{early}, then {late}, {files}")
 
 
 def use_of(process, out, step):
@@ -585,7 +586,7 @@ def locked(place, trials):
 
 
 def hostile_files(place, trials):
-    """A corpus of checkpoints, data, configs, options and prompts that mean no good. trials: the number does not matter."""
+    """Checkpoints, data, configs, options and prompts that mean no good, or so many drawn from them."""
     yield from apart_from_here(hostile.play, place.folder, trials)
 
 
@@ -628,7 +629,7 @@ ROWS = {  # name: (what the table says, the row, trials)
     "layouts": ("other layouts: losses within 1e-6 after 20 steps", layouts, 3),
     "poisoned": ("NaN, Inf, spikes: skipped alike, never saved", poisoned, 16),
     "long": ("memory and open files over 2,000 steps", long_run, 1),
-    "hostile": ("hostile files", hostile_files, 1),
+    "hostile": ("hostile files", hostile_files, 1000),
     "fuzzed": ("fuzzing: a clear error or a model that runs", fuzzed, 300),
     "locked": ("two runs in one folder", locked, 10),
 }
