@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -215,7 +216,11 @@ if device.type == "cuda":
     torch.set_float32_matmul_precision("high")  # TF32
 if ddp:
     gpu = backend == "nccl" or (backend == "auto" and device.type == "cuda")  # gloo besides: it waits for no GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=patience))
+    # after a restart by torchrun its store still has the addresses of the dead, for which the living would wait
+    store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=patience)))
+    store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=patience),
+                            world_size=world_size, rank=rank, store=store)
 signals, ENDING = checkpoint.listen(), {signal.SIGTERM, signal.SIGINT}
 
 raw_model.to(device)
