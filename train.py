@@ -678,7 +678,7 @@ if bar:
 if wandb:
     wandb.finish()
 if ddp:
-    del model  # it holds the process group, whose threads must not outlive the interpreter (pytorch issue 190489)
+    del model, store  # it holds the process group, whose threads must not outlive the interpreter (pytorch issue 190489)
     gc.collect()
     dist.destroy_process_group()
 if master and not eval_only:
