@@ -54,7 +54,8 @@ def clear_errors():
     try:
         yield
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}\n")
+        line = " ".join(str(error).splitlines())
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {line if len(line) < 800 else line[:800] + '...'}\n")
         sys.exit(2)
 
 
@@ -123,7 +124,9 @@ def parse(text, knob):
     if kind is bool:
         return convert({"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text), knob)
     try:
-        if kind is tuple:
+        if len(text) > 10000:  # to parse it could take all memory
+            value = text
+        elif kind is tuple:
             value = ast.literal_eval(text if text[:1] in ("[", "(") else f"[{text}]")
         else:
             value = int(text) if text.strip("+-").isdecimal() and len(text) <= 20 else float(text)

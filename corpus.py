@@ -195,21 +195,27 @@ class Stream:
 
     def _batches(self, corpus, lanes, lane):
         """Yields (x, y, the state to go on from), for ever."""
-        (B, T), state = self.shape, self.states[lane]
-        tokens = np.array(state["left"], np.int64)
+        state = self.states[lane]
+        tokens = yield from self._cut(np.array(state["left"], np.int64), state["corpus"])
         while True:
             part, some = lane_of(corpus, lanes, lane), False
             if state["corpus"]:
                 part.load_state_dict(state["corpus"])
             for texts in part.iter(batch_size=16):
                 documents = [self.encoder.encode_document(t) for t in texts["text"] if not held_out(t, self.val_share)]
-                tokens, at, some = np.concatenate((tokens, *documents)), part.state_dict(), True
-                while len(tokens) > B * T:
-                    x, y, tokens = tokens[: B * T], tokens[1 : B * T + 1], tokens[B * T :]
-                    yield x.reshape(B, T), y.reshape(B, T), {"corpus": at, "left": tokens.tolist()}
+                tokens, some = np.concatenate((tokens, *documents)), True
+                tokens = yield from self._cut(tokens, part.state_dict())
             if not some and not state["corpus"]:
                 raise ValueError(f"gradient_accumulation_steps={lanes}: the corpus has too few documents for so many")
             state = {"corpus": {}}
+
+    def _cut(self, tokens, at):
+        """Yields (x, y, the state to go on from) as long as there are tokens for it, and returns the rest of them."""
+        B, T = self.shape
+        while len(tokens) > B * T:
+            x, y, tokens = tokens[: B * T], tokens[1 : B * T + 1], tokens[B * T :]
+            yield x.reshape(B, T), y.reshape(B, T), {"corpus": at, "left": tokens.tolist()}
+        return tokens
 
 
 def lane_of(corpus, lanes, lane):

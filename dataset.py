@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import urllib.request
 from pathlib import Path
 
@@ -84,7 +85,17 @@ class TiktokenTokenizer:
 
 def make_tokenizer(meta):
     """The tokenizer that meta.json (or a checkpoint) names: "char" with its alphabet, "bytes", or one of tiktoken's."""
+    check_tokenizer(meta)
     return {"char": CharTokenizer, "bytes": ByteTokenizer}.get(meta["tokenizer"], TiktokenTokenizer)(meta)
+
+
+def check_tokenizer(meta):
+    """ValueError where the tokenizer is none of these."""
+    name, alphabet = meta.get("tokenizer"), meta.get("chars")
+    if not (isinstance(name, str) and re.fullmatch("[A-Za-z0-9_-]{1,99}", name)):
+        raise ValueError(f"tokenizer={str(name)[:60]!r}: must be char, bytes or the name of one of tiktoken's")
+    if name == "char" and not isinstance(alphabet, str):
+        raise ValueError("chars: must be the alphabet, as one text")
 
 
 # -----------------------------------------------------------------------------
@@ -210,11 +221,36 @@ def load_meta(folder):
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        meta["tokenizer"], meta["vocab_size"], np.dtype(meta["dtype"]), meta["splits"]["train"]["tokens"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = type(error).__name__
+        check_meta(meta)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error)[:100] if type(error) is ValueError else type(error).__name__
         raise ValueError(f"{path}: missing or damaged ({reason}); run: {prepare_command(folder)}") from None
     return meta
+
+
+def check_meta(meta):
+    """ValueError, KeyError or TypeError where meta.json is not what finish writes."""
+
+    def require(ok, words):
+        if not ok:
+            raise ValueError(words)
+
+    def whole(least, *numbers):
+        return all(type(n) is int and least <= n < 2**62 for n in numbers)
+
+    require(meta["dtype"] in ("uint16", "uint32"), "dtype is neither uint16 nor uint32")
+    require(whole(1, meta["vocab_size"]) and meta["vocab_size"] <= 2**20, "vocab_size is not from 1 to 2**20")
+    check_tokenizer(meta)
+    for name in {"train", "val"} | set(meta["splits"]):
+        require(whole(0, meta["splits"][name]["tokens"]), f"tokens of {name}")
+        require(whole(1, meta["splits"][name]["bytes"]) or not meta["splits"][name]["tokens"], f"bytes of {name}")
+    if "row" in meta:
+        length, prompt, levels = (meta["row"][name] for name in ("length", "prompt", "levels"))
+        require(whole(1, length, prompt) and prompt < length, "row's length or prompt")
+        for name, split in meta["splits"].items():
+            known = [len(level) == 2 and whole(0, *level) for level in levels[name]]
+            rows = sum(count for _, count in levels[name]) if all(known) else -1
+            require(rows * length == split["tokens"], f"row's levels of {name}")
 
 
 def prepare_command(folder):

@@ -353,6 +353,7 @@ def shapes(config):
 
 def assemble(args, family, stored, layers=(), **overrides):
     """The model of GPTConfig fields (args, then overrides) and of stored tensors, read a few rows at a time."""
+    check_size(args, stored)
     source = GPTConfig(**args)
     config, layers, folded = fold(source, layers, overrides)
     model = hollow(config)
@@ -378,6 +379,24 @@ def assemble(args, family, stored, layers=(), **overrides):
     if folded:
         pass_through(model)
     return model
+
+
+def check_size(args, stored):
+    """ValueError where a file's own sizes are beyond the tensors beside them: such a model could fill the memory."""
+    size = {name: value for name, value in args.items() if type(value) is int}  # other types are GPTConfig's to refuse
+    values = 2**20 + sum(math.prod(tensor.shape) for tensor in stored.values())
+    width = size.get("n_embd", 768)
+    rows = {name: size.get(name, 0) for name in ("vocab_size", "n_head", "head_size", "n_latent")}
+    rows |= {"n_embd": size.get("n_hidden") or 4 * width, "n_hidden": size.get("n_hidden", 0)}
+    rows |= {"max_loops": size.get("max_loops", 0) * (args.get("loop_embedding") == "learned")}
+    rows |= {"block_size": size.get("block_size", 0) * (args.get("position", "learned") == "learned")}
+    limits = dict.fromkeys(("n_layer", "n_prelude", "n_block", "n_coda", "n_ahead"), 1000 + len(stored))
+    limits["block_size"] = 2**22  # of rotary positions no tensor tells
+    wrong = [name for name in rows if rows[name] * width > values]
+    wrong += [name for name in limits if size.get(name, 0) > limits[name]]
+    if wrong:
+        shown = str(size.get(wrong[0]))[:20] if size.get(wrong[0], 0) < 10**20 else "enormous"
+        raise ValueError(f"{wrong[0]}={shown}: more than the {len(stored)} tensors beside it can be of")
 
 
 def copy(part, stored):

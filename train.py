@@ -8,6 +8,7 @@ Train a looped GPT, on one device or on many:
 
 The same command with --init_from=auto goes on where the run in out_dir stopped, bit for bit. Everything random in a
 step follows from (seed, iteration, rank), and the order of the data from (seed, position), on any number of processes.
+SIGTERM and SIGINT end a run after the step it is in, saved, with exit code 128 + signal; SIGUSR1 saves and goes on.
 """
 
 import copy
@@ -16,15 +17,19 @@ import gc
 import json
 import math
 import os
+import signal
+import statistics
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -46,11 +51,13 @@ init_from = "scratch"  # or resume (the run in out_dir), auto (resume if there i
 seed = 1337
 # evaluation and logging
 eval_interval = 2000  # steps between evaluations, each followed by a checkpoint
+save_interval = 0  # steps between further checkpoints; 0: none
+keep_last = 2  # checkpoints kept
 eval_iters = 200  # batches per split and evaluation, always the same windows
 eval_stride = 0  # score all of validation in windows so many tokens apart, most context for each; 0: eval_iters batches
 eval_loops = ()  # loop counts to evaluate besides the model's own, such as 1,4,16
 eval_only = False  # evaluate once and stop
-always_save_checkpoint = True  # False: only when the validation loss is the best so far
+always_save_checkpoint = True  # False: only after evaluations, when the validation loss is the best so far
 log_interval = 1
 wandb_log = False
 wandb_mode = "online"  # or offline
@@ -79,6 +86,8 @@ weight_decay_all = False  # also of norms, biases and embeddings
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: off
+spike_factor = 0.0  # skip steps whose gradient is so many times longer than the median of the last 100; 0: off
+max_skips = 10  # steps skipped in a row, for that or for NaN or Inf, after which the run stops
 spectral_clip_beta = 0.0  # largest singular value of the matrices of looped blocks, after each step; 0: off
 spectral_clip_interval = 1  # steps between clips
 spectral_clip_all = False  # of every block, looped or not
@@ -100,6 +109,7 @@ param_dtype = "float32"  # or bfloat16: the model computes with such weights, th
 compile = True  # compile each block; one compilation serves every number of loops
 recompute = "none"  # activations in the backward pass: of each block, or of each loop, to save memory; or none
 backend = "auto"  # of torchrun's processes: nccl or gloo; auto: nccl on CUDA
+patience = 600  # seconds that processes wait for one that does not answer, be it because it saves
 config, given = configure(globals(), ("model.py", "GPTConfig"))
 
 # -----------------------------------------------------------------------------
@@ -121,8 +131,10 @@ with clear_errors():
     for name in ("learning_rate", "muon_learning_rate"):
         require(name, config[name] > 0, "positive")
     for name in ("max_iters", "weight_decay", "grad_clip", "warmup_iters", "min_lr", "loop_warmup_iters", "loss_chunk",
-                 "entropy_weight", "distill_weight", "ahead_weight"):
+                 "save_interval", "spike_factor", "max_skips", "entropy_weight", "distill_weight", "ahead_weight"):
         require(name, config[name] >= 0, "at least 0")
+    require("keep_last", keep_last >= 2, "at least 2, so that one is whole while the other is written")
+    require("patience", patience >= 1, "at least 1")
     require("lr_decay_iters", lr_decay_iters > warmup_iters or not decay_lr, f"more than warmup_iters={warmup_iters}")
     require("eval_loops", all(type(n) is int and n >= 1 for n in eval_loops), "loop counts such as 1,4,16")
     require("hold_iters", lr_schedule != "wsd" or warmup_iters <= hold_iters < lr_decay_iters,
@@ -173,6 +185,8 @@ with clear_errors():
             ckpt["model"] = ckpt["training_model"]
         raw_model = pretrained.build(ckpt, **model_args) if saved else pretrained.load(init_from, **model_args)
         require("dataset", ckpt.get("tokenizer", tokenizer) == tokenizer, "one with the tokenizer of the checkpoint")
+        whole = {"iter_num", "best_val_loss", "optimizer"} <= set(ckpt)
+        require("init_from", whole or not resume, "what fine-tunes: the checkpoint in out_dir lacks the run's state")
         require("optimizer", not resume or optimizer in ckpt["optimizer"], "the one that the run was trained with")
     settings = (loss_chunk, loss_weighting, entropy_weight, distill_weight, ahead_weight)
     scored = Objective(raw_model, objective, *settings)
@@ -190,7 +204,9 @@ with clear_errors():
         splits = {name: open_split(data_dir, name, meta, block_size, known_ids) for name in names}
     if master and not eval_only:
         os.makedirs(out_dir, exist_ok=True)
-        Path(out_dir, "config.json").write_text(json.dumps(config, indent=1))
+        claim = checkpoint.lock(out_dir)
+        require("out_dir", checkpoint.exists(out_dir) == found, "free of other runs; one has begun just now")
+        checkpoint.write_whole(Path(out_dir, "config.json"), json.dumps(config, indent=1).encode())
 
 # -----------------------------------------------------------------------------
 # processes, device, optimizers
@@ -199,7 +215,13 @@ if device.type == "cuda":
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32
 if ddp:
-    dist.init_process_group({"auto": "nccl" if device.type == "cuda" else "gloo"}.get(backend, backend))
+    gpu = backend == "nccl" or (backend == "auto" and device.type == "cuda")  # gloo besides: it waits for no GPU
+    # after a restart by torchrun its store still has the addresses of the dead, for which the living would wait
+    store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=patience)))
+    store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=patience),
+                            world_size=world_size, rank=rank, store=store)
+signals, ENDING = checkpoint.listen(), {signal.SIGTERM, signal.SIGINT}
 
 raw_model.to(device)
 for name, p in raw_model.named_parameters():  # with exit_gate the gate is all that is trained, with others perhaps not
@@ -214,13 +236,15 @@ else:
     optimizers = {"muon": torch.optim.Muon([matrices], lr=muon_learning_rate), "adamw": adamw([rest])}
     top_lr = {"muon": muon_learning_rate, "adamw": learning_rate}
 if resume:
-    for name, state in ckpt["optimizer"].items():
-        optimizers[name].load_state_dict(state)
+    with clear_errors():
+        for name, opt in optimizers.items():
+            checkpoint.restore(opt, ckpt["optimizer"][name])
 
+health = {"norms": [], "skipped": 0, "in_a_row": 0} | (ckpt.get("health", {}) if resume else {})  # of the gradients
 ema = AveragedModel(raw_model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
 if ema and resume:
     ema.module.load_state_dict(averaged)
-    ema.n_averaged.fill_(ckpt["iter_num"])  # 0 would start the average anew
+    ema.n_averaged.fill_(ckpt["iter_num"] - health["skipped"])  # 0 would start the average anew
 to_clip = {}  # matrices by shape, which are clipped in one batch
 for block in raw_model.transformer.h if spectral_clip_beta else ():
     if spectral_clip_all or any(block in loop.blocks for loop in raw_model.transformer.loops):
@@ -245,7 +269,7 @@ if recompute == "loop":
 places = [device.index] if device.type == "cuda" else None
 model = DDP(scored, places) if ddp else scored
 iter_num, best_val_loss = (ckpt["iter_num"], ckpt["best_val_loss"]) if resume else (0, math.inf)
-first_iter, ckpt, averaged = iter_num, None, None  # free their memory
+saved_iter, ckpt, averaged = iter_num, None, None  # free their memory
 
 
 # -----------------------------------------------------------------------------
@@ -299,6 +323,25 @@ def get_batch(it, micro_step):
     return to_device(splits["train"].windows(splits["train"].shuffled(positions, seed)))
 
 
+def usable(norm):
+    """Whether to make a step with a gradient of this norm, the same on all processes; kept count of in health."""
+    norms = health["norms"]
+    limit = spike_factor * statistics.median(norms) if spike_factor and len(norms) == 100 else math.inf
+    good = math.isfinite(norm) and norm <= limit
+    health["norms"] = [*norms, norm][-100:] if good else norms
+    health["in_a_row"] = 0 if good else health["in_a_row"] + 1
+    health["skipped"] += not good
+    return good
+
+
+def agreed(number):
+    """The largest of the processes' numbers."""
+    largest = torch.tensor(number)
+    if ddp:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
+
+
 def gather(mine):
     """The dicts of all processes as one."""
     parts = [mine] * world_size
@@ -338,6 +381,8 @@ def batches(split):
     missing = -len(starts) % (batch_size * world_size)  # one shape to compile, one number of batches for all processes
     starts, fresh = np.pad(starts, (0, missing), mode="wrap"), np.pad(fresh, (0, missing))
     for first in range(rank * batch_size, len(starts), world_size * batch_size):
+        if agreed(bool(signals & ENDING)):  # an evaluation can be longer than what a scheduler waits
+            raise KeyboardInterrupt
         part = slice(first, first + batch_size)
         yield starts[part], *to_device(split.windows(starts[part], fresh[part]))
 
@@ -391,7 +436,7 @@ def evaluate_objective():
 
 def evaluate_all():
     """The rows of an evaluation: training at the model's own loops, the others at the counts of eval_loops too, and
-    where the model has learned to predict further ahead, at each shift."""
+    where the model has learned to predict further ahead, at each shift. KeyboardInterrupt if a signal ends the run."""
     own = raw_model.config.counts()
     counts = [own] + [(n,) * len(own) for n in eval_loops if own and (n,) * len(own) != own]
     asked = [(name, loops, 1) for name in splits for loops in (counts if name != "train" else [own])]
@@ -472,7 +517,7 @@ def log(entry, text):
         return
     bar.write(text) if bar else print(text, flush=True)
     if not eval_only:
-        with open(log_path, "a") as file:
+        with clear_errors(), open(log_path, "a") as file:
             file.write(json.dumps(entry) + "\n")
     if wandb:
         wandb.log(entry, step=entry["iter"])
@@ -492,16 +537,25 @@ def in_words(means):
     return ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
 
 
-def log_step(parts, seconds, n_steps, loops, flops):
-    """One line on the last n_steps, which took so many seconds, loops (in all) and flops; parts of the objective."""
+def log_step(parts, norm, loops, seconds, n_steps, flops):
+    """One line on this step, its objective, gradient and loops; its pace is of the last n_steps."""
     seconds_per_step = seconds / n_steps
     tokens_per_second = tokens_per_iter / seconds_per_step
     mfu = flops / seconds / (peak * world_size) if peak else None
     left = time.strftime("%H:%M:%S", time.gmtime((max_iters - iter_num - 1) * seconds_per_step))
     entry = {"iter": iter_num, **parts, "lr": learning_rate * get_lr(iter_num), "ms": 1e3 * seconds_per_step}
-    entry |= {"tokens_per_second": tokens_per_second, "mfu": mfu, "loops": loops / n_steps}
+    entry |= {"tokens_per_second": tokens_per_second, "mfu": mfu, "loops": loops, "grad_norm": norm}
     log(entry, f"iter {iter_num}: {in_words(parts)}, {entry['ms']:.1f} ms, {tokens_per_second:,.0f} tokens/s, "
                f"mfu {f'{mfu:.1%}' if mfu else 'n/a'}, loops {entry['loops']:.1f}, left {left}")
+
+
+def log_skip(norm):
+    """A line on a step that is not made; after too many in a row the run stops, and the last checkpoint stays."""
+    entry = {"iter": iter_num, "skipped": health["skipped"], "grad_norm": norm}
+    log(entry, f"iter {iter_num}: skipped, the norm of its gradient is {norm:.3g} ({health['skipped']} in all)")
+    if health["in_a_row"] > max_skips:
+        words = f"train.py: max_skips={max_skips} steps in a row were skipped; {out_dir} keeps the last good checkpoint"
+        sys.exit(words if master else 1)
 
 
 rows_per_iter = gradient_accumulation_steps * batch_size
@@ -509,10 +563,11 @@ tokens_per_iter = rows_per_iter * block_size
 flops_of = functools.cache(scored.flops_per_token)
 peak = peak_flops(device, dtype)
 log_path = Path(out_dir, "log.jsonl")
+with clear_errors():
+    require("out_dir", agreed(iter_num) == iter_num, "one folder for all processes: another has a newer checkpoint")
 if master:
-    kept = log_path.read_text().splitlines() if resume and log_path.exists() else []
-    if not eval_only:  # what came after the checkpoint is about to be repeated
-        log_path.write_text("".join(line + "\n" for line in kept if json.loads(line)["iter"] < iter_num))
+    if not eval_only:
+        checkpoint.cut_log(log_path, iter_num)
     print(f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
           f"{'streamed' if stream else format(splits['train'].n_windows, ',')} windows of {block_size} tokens, "
           f"on {world_size} x {device} in {dtype}")
@@ -524,31 +579,49 @@ if wandb_log and master:
     wandb.init(project=wandb_project, name=wandb_run_name, mode=wandb_mode, config=config, dir=out_dir)
 
 # -----------------------------------------------------------------------------
+# saving
+def save():
+    """The run as it is before step iter_num; all processes take part."""
+    positions = gather(streamed.states) if stream else {}
+    if not master:
+        return
+    states = {name: opt.state_dict() for name, opt in optimizers.items()}
+    weights = {"model": raw_model.state_dict()}
+    if ema:
+        weights = {"model": ema.module.state_dict(), "training_model": raw_model.state_dict()}
+    with clear_errors():
+        checkpoint.save(out_dir, weights | {
+            "format": 1, "optimizer": states, "model_args": model_args, "iter_num": iter_num, "health": health,
+            "best_val_loss": best_val_loss, "config": config, "tokenizer": tokenizer, "stream": positions,
+        }, keep_last)
+
+
+# -----------------------------------------------------------------------------
 # training
 micro_steps = gradient_accumulation_steps // world_size
 detailed = objective != "next" or raw_model.config.n_ahead > 1
 scored.train()
-clock, since, loops_done, flops_done = time.perf_counter(), iter_num, 0, 0
+clock, since, flops_done = time.perf_counter(), iter_num, 0
 while True:
-    if iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only:
-        paused = time.perf_counter()
-        rows = evaluate_all()
-        log_evaluation(rows, evaluate_objective() if detailed else {})
+    asked = agreed(max(signals, default=0))  # a signal, whichever process it came to
+    signals.discard(asked)
+    due = (iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only) and asked not in ENDING
+    better, paused = False, time.perf_counter()
+    if due:
+        try:
+            rows, parts = evaluate_all(), evaluate_objective() if detailed else {}
+        except KeyboardInterrupt:
+            continue
+        log_evaluation(rows, parts)
         val_loss = next(row["loss"] for row in rows if row["split"] == "val")
         better = val_loss < best_val_loss
-        best_val_loss = min(val_loss, best_val_loss)
-        positions = gather(streamed.states) if stream else {}
-        if master and iter_num > first_iter and (better or always_save_checkpoint):
-            states = {name: opt.state_dict() for name, opt in optimizers.items()}
-            weights = {"model": raw_model.state_dict()}
-            if ema:
-                weights = {"model": ema.module.state_dict(), "training_model": raw_model.state_dict()}
-            checkpoint.save(out_dir, weights | {
-                "format": 1, "optimizer": states, "model_args": model_args, "iter_num": iter_num,
-                "best_val_loss": best_val_loss, "config": config, "tokenizer": tokenizer, "stream": positions,
-            })
-        clock += time.perf_counter() - paused  # evaluations are not training time
-    if iter_num >= max_iters or eval_only:
+        best_val_loss = val_loss if better else best_val_loss
+    timely = due or asked or (save_interval and iter_num % save_interval == 0)
+    if iter_num and not eval_only and (better or (always_save_checkpoint and timely and iter_num > saved_iter)):
+        save()
+        saved_iter = iter_num
+    clock += time.perf_counter() - paused  # evaluations are not training time
+    if iter_num >= max_iters or eval_only or asked in ENDING:
         break
 
     # one step: the gradient of the global batch, in micro-steps
@@ -563,33 +636,39 @@ while True:
         model.require_backward_grad_sync = micro_step == micro_steps - 1 or worker is not raw_model
         with autocast(device, dtype):
             loss, logged = model(x, y, depth, shift)
-        (loss * world_size / targets).backward()
+        share = loss * world_size / targets
+        share.backward(1 + 0 * share.detach())  # NaN for a loss of NaN or Inf, whatever its gradient would be
         add(parts, logged)
         if worker is not raw_model:
             to_masters()
-    if grad_clip:
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip)
-    for name, opt in optimizers.items():
-        for group in opt.param_groups:
-            group["lr"] = top_lr[name] * get_lr(iter_num)
-        opt.step()
+    # all processes have the same gradient. Its norm is all that a step waits for: the device is idle while few kernels
+    # are launched, and one NaN in the weights would cost the run
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+    if usable(norm):
+        for name, opt in optimizers.items():
+            for group in opt.param_groups:
+                group["lr"] = top_lr[name] * get_lr(iter_num)
+            opt.step()
+        if iter_num % spectral_clip_interval == 0:
+            for same in to_clip.values():
+                torch._foreach_copy_(same, list(spectral_clip(torch.stack(same), spectral_clip_beta)))
+        if worker is not raw_model:
+            with torch.no_grad():
+                torch._foreach_copy_(list(worker.parameters()), list(raw_model.parameters()))
+        if ema:
+            ema.update_parameters(raw_model)
+    else:
+        log_skip(norm)
+    for opt in optimizers.values():
         opt.zero_grad(set_to_none=True)
-    if iter_num % spectral_clip_interval == 0:
-        for same in to_clip.values():
-            torch._foreach_copy_(same, list(spectral_clip(torch.stack(same), spectral_clip_beta)))
-    if worker is not raw_model:
-        with torch.no_grad():
-            torch._foreach_copy_(list(worker.parameters()), list(raw_model.parameters()))
-    if ema:
-        ema.update_parameters(raw_model)
 
-    loops_done += sum(map(sum, loops)) / max(1, len(loops) * len(loops[0]))
     flops_done += sum(map(flops_of, loops)) / len(loops) * tokens_per_iter
     if iter_num % log_interval == 0:
         means = means_of(parts)  # waits for the device, so the clock below is true
         now = time.perf_counter()
-        log_step(means, now - clock, iter_num + 1 - since, loops_done, flops_done)
-        clock, since, loops_done, flops_done = now, iter_num + 1, 0, 0
+        per_group = sum(map(sum, loops)) / max(1, len(loops) * len(loops[0]))
+        log_step(means, norm, per_group, now - clock, iter_num + 1 - since, flops_done)
+        clock, since, flops_done = now, iter_num + 1, 0
     iter_num += 1
     if bar:
         bar.update()
@@ -599,6 +678,12 @@ if bar:
 if wandb:
     wandb.finish()
 if ddp:
-    del model  # it holds the process group, whose threads must not outlive the interpreter (pytorch issue 190489)
+    del model, store  # it holds the process group, whose threads must not outlive the interpreter (pytorch issue 190489)
     gc.collect()
     dist.destroy_process_group()
+if master and not eval_only:
+    claim.close()
+if asked in ENDING:
+    if master:
+        print(f"{signal.Signals(asked).name}: {out_dir} holds the run as of step {saved_iter}")
+    sys.exit(128 + asked)

@@ -4,6 +4,7 @@ import io
 import os
 import random
 import runpy
+import signal
 import string
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -61,6 +62,7 @@ class Run:
 
     def __init__(self, script, *arguments, cwd=None):
         out, err, before = io.StringIO(), io.StringIO(), (sys.argv, os.getcwd())
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         sys.argv, self.code = [script, *map(str, arguments)], 0
         os.chdir(cwd or ROOT)
         try:
@@ -71,6 +73,8 @@ class Run:
         finally:
             sys.argv = before[0]
             os.chdir(before[1])
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         self.out, self.err = out.getvalue(), err.getvalue()
 
 

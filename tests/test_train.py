@@ -64,7 +64,7 @@ def plain_run(corpus, tmp_path_factory):
 
 def test_what_a_run_leaves(plain_run, corpus):
     folder, run = plain_run
-    assert sorted(os.listdir(folder)) == ["ckpt.json", "ckpt.pt", "ckpt_prev.pt", "config.json", "log.jsonl"]
+    assert sorted(os.listdir(folder)) == ["ckpt.json", "ckpt.pt", "ckpt_prev.pt", "config.json", "lock", "log.jsonl"]
     ckpt = torch.load(folder / "ckpt.pt", weights_only=True)
     assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "tokenizer"} <= set(ckpt)
     assert ckpt["iter_num"] == 8 and checkpoint.load(folder / "ckpt_prev.pt")["iter_num"] == 4
