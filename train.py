@@ -41,6 +41,7 @@ from configurator import clear_errors, configure
 from corpus import Stream, open_stream
 from dataset import Split, load_meta, open_split, random_key
 from device import autocast, compile_works, peak_flops, pick_device, pick_dtype
+from exits import exit_evaluation, make_exit
 from model import GPT, GPTConfig, sample_loops, sample_shifts, shift_labels, spectral_clip
 from objectives import GATED, Objective
 
@@ -57,6 +58,9 @@ eval_iters = 200  # batches per split and evaluation, always the same windows
 eval_stride = 0  # score all of validation in windows so many tokens apart, most context for each; 0: eval_iters batches
 eval_loops = ()  # loop counts to evaluate besides the model's own, such as 1,4,16
 eval_only = False  # evaluate once and stop
+automatic_loop_exit = False  # evaluate with exit too: each token stops looping by itself
+automatic_loop_exit_threshold = 0.03  # of exit_rule; 0: never
+exit_rule = "state"  # state, kl, entropy, argmax, gate; see exits.py
 always_save_checkpoint = True  # False: only after evaluations, when the validation loss is the best so far
 log_interval = 1
 wandb_log = False
@@ -190,6 +194,8 @@ with clear_errors():
         require("optimizer", not resume or optimizer in ckpt["optimizer"], "the one that the run was trained with")
     settings = (loss_chunk, loss_weighting, entropy_weight, distill_weight, ahead_weight)
     scored = Objective(raw_model, objective, *settings)
+    if automatic_loop_exit:
+        make_exit(raw_model, exit_rule, automatic_loop_exit_threshold)  # whether it can be
     model_args = asdict(raw_model.config)
     config.update(model_args)
     block_size, known_ids = raw_model.config.block_size, min(meta["vocab_size"], raw_model.config.vocab_size)
@@ -423,15 +429,23 @@ def evaluate(split, n_loop=None, shift=1):
 
 
 @torch.no_grad()
-def evaluate_objective():
-    """What the objective logs, on validation at the model's own loops."""
+def evaluate_details():
+    """What the objective logs, and the loss and mean loops with exit, on validation at the model's own loops."""
+    evaluated, total = ema.module if ema else raw_model, {}
     scored.eval()
-    total = {}
-    for _, x, y in batches(splits["val"]):
+    evaluated.eval()
+    for _, x, y in batches(splits["val"]) if detailed else ():
         with autocast(device, dtype):
             add(total, scored(x, y)[1])
+    for _, x, y in batches(splits["val"]) if automatic_loop_exit else ():
+        rule, count = make_exit(evaluated, exit_rule, automatic_loop_exit_threshold), (y >= 0).sum().item()
+        with autocast(device, dtype):
+            means = exit_evaluation(evaluated, x, y, rule) if count else (0.0, 0.0)  # else nothing but filling
+        each = zip(("loss with exit", "loops with exit"), means)
+        add(total, {name: torch.tensor([mean * count, count], device=device) for name, mean in each})
     scored.train()
-    return means_of(total)
+    evaluated.train()
+    return means_of(total) if total else {}
 
 
 def evaluate_all():
@@ -528,7 +542,7 @@ def log_evaluation(rows, parts):
         return
     report, as_json = watch(), json.dumps(rows) if eval_only else ""
     warnings = [f"warning: {words}\n" for words in warnings_of(report)] if iter_num else []  # before training all agree
-    details = f"objective on val: {in_words(parts)}\n" if parts else ""
+    details = f"besides, on val: {in_words(parts)}\n" if parts else ""
     text = f"\nstep {iter_num}\n{table(rows)}\n{details}{''.join(warnings)}{as_json}"
     log({"iter": iter_num, "eval": rows, "objective": parts, "watch": report}, text)
 
@@ -609,7 +623,7 @@ while True:
     better, paused = False, time.perf_counter()
     if due:
         try:
-            rows, parts = evaluate_all(), evaluate_objective() if detailed else {}
+            rows, parts = evaluate_all(), evaluate_details()
         except KeyboardInterrupt:
             continue
         log_evaluation(rows, parts)
@@ -678,7 +692,7 @@ if bar:
 if wandb:
     wandb.finish()
 if ddp:
-    del model, store  # it holds the process group, whose threads must not outlive the interpreter (pytorch issue 190489)
+    del model, store  # these hold the process group, and its threads must not outlive Python (pytorch issue 190489)
     gc.collect()
     dist.destroy_process_group()
 if master and not eval_only:

@@ -16,6 +16,7 @@ from conftest import ROOT, TRAIN, Run, build, train
 import checkpoint
 import pretrained
 from dataset import load_meta, open_split
+from exits import exit_evaluation, make_exit
 
 NOISY = ("--dropout=0.2 --loop_noise_scale=1 --state_init=noise --loop_sampling=poisson --loop_warmup_iters=5 --optimizer=muon "
          "--ema_decay=0.9 --spectral_clip_beta=0.5 --recompute=loop").split()  # fmt: skip
@@ -482,3 +483,21 @@ def test_a_token_beyond_the_vocabulary_stops_the_start(corpus, tmp_path):
     data.tofile(copy / "train.bin")
     run = train(copy, tmp_path / "out")
     assert run.code == 2 and "token id 9999" in run.err and not (tmp_path / "out").exists()
+
+@pytest.mark.parametrize("rule,threshold", [("state", 0.0), ("state", 0.5), ("gate", 0.6)])
+def test_evaluation_with_exit(corpus, tmp_path, rule, threshold):
+    """Threshold 0 is the evaluation without; else loss and loops are those of exits.py over the same windows."""
+    options = ("--exit_gate=state", "--objective=exit", "--n_loop=4", "--automatic_loop_exit", f"--exit_rule={rule}",
+               f"--automatic_loop_exit_threshold={threshold}", "--eval_iters=3")
+    run = train(corpus, tmp_path / "out", *options)
+    assert run.code == 0 and "loops with exit" in run.out, run.err
+    entry = log(tmp_path / "out")[-1]
+    loss, loops = entry["objective"]["loss with exit"], entry["objective"]["loops with exit"]
+    if not threshold:
+        assert loss == pytest.approx(entry["eval"][1]["loss"], rel=1e-5) and loops == 4
+        return
+    model, meta = pretrained.load(tmp_path / "out"), load_meta(corpus)
+    split = open_split(corpus, "val", meta, 16, meta["vocab_size"])
+    x, y = map(torch.from_numpy, split.windows(split.spread(12)))
+    assert (loss, loops) == pytest.approx(exit_evaluation(model, x, y, make_exit(model, rule, threshold)), rel=1e-5)
+    assert 1 < loops < 4
