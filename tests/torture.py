@@ -514,7 +514,9 @@ def poison(how, first, stop):
             return loss, logged
         if how == "gradient":
             loss.register_hook(lambda gradient: gradient * float("nan"))
-        return loss * {"nan": float("nan"), "inf": float("inf"), "gradient": 1, "spike": 1e6}[how], logged
+        if how == "inf":  # the gradient is as it was
+            return loss + float("inf"), logged
+        return loss * {"nan": float("nan"), "gradient": 1, "spike": 1e6}[how], logged
 
     Objective.forward = forward
 
