@@ -105,7 +105,7 @@ def test_the_readmes_test_command_is_what_ci_runs():
 
 def test_readme_names_only_files_and_options_that_exist():
     readme = (ROOT / "README.md").read_text()
-    scripts = [*(ROOT / f"{name}.py" for name in ("train", "sample", "bench", "analyze", "pretrained")), *(ROOT / "data").glob("*/prepare.py")]
+    scripts = [*(ROOT / f"{name}.py" for name in ("train", "sample", "bench", "analyze", "pretrained", "tests/torture")), *(ROOT / "data").glob("*/prepare.py")]
     knobs = {name for script in scripts for name in read_knobs(script)}
     knobs |= set(read_knobs(ROOT / "model.py", "GPTConfig")) | {
         "standalone",
@@ -113,6 +113,8 @@ def test_readme_names_only_files_and_options_that_exist():
         "nnodes",
         "node_rank",
         "master_addr",
+        "max",  # -restarts
+        "signal",  # of Slurm
     }
     for option in re.findall(r"--([a-z_]+)", readme):
         assert option in knobs, option

@@ -33,7 +33,7 @@ def test_a_run_grows_neither_in_memory_nor_in_files(place):
 
 def test_what_is_known_of_the_gradients_goes_on_with_the_run(place):
     """A first step that is skipped leaves the average to begin at the second, and the median of a spike is not begun anew."""
-    options = ("--ema_decay=0.5", "--max_iters=120", "--eval_iters=1", "--eval_interval=200", "--spike_factor=50", "--save_interval=0")
+    options = ("--ema_decay=0.999", "--max_iters=120", "--eval_iters=1", "--eval_interval=200", "--spike_factor=50", "--save_interval=0")
     runs = {}
     for stops in ((120,), (1, 110, 120)):
         out, printed = place.new()
