@@ -134,6 +134,7 @@ def kill(processes):
     for process in processes:
         if process.is_alive():
             process.kill()
+    for process in processes:
         process.join()
 
 
@@ -389,7 +390,7 @@ def answer(group, out, number, seen):
     if number == signal.SIGUSR1:
         wait(lambda: (newest(out) > seen and not Path(out, "ckpt.pt.part").exists()) or made(out) > seen + 2, group)
         kill(group)
-        expected = [0, -signal.SIGKILL]
+        expected = [0, -signal.SIGKILL, 1]  # 1: it found the other one dead
     else:
         expected = [128 + number]
     codes = end(group, 60)
