@@ -501,3 +501,9 @@ def test_evaluation_with_exit(corpus, tmp_path, rule, threshold):
     x, y = map(torch.from_numpy, split.windows(split.spread(12)))
     assert (loss, loops) == pytest.approx(exit_evaluation(model, x, y, make_exit(model, rule, threshold)), rel=1e-5)
     assert 1 < loops < 4
+
+
+@pytest.mark.parametrize("giant", ["--block_size=1e15", "--n_embd=1e12", "--vocab_size=1e18"])
+def test_a_model_that_no_memory_holds_is_refused_in_a_line(corpus, tmp_path, giant):
+    run = train(corpus, tmp_path / "out", giant)
+    assert run.code == 2 and run.err.count("\n") == 1 and not (tmp_path / "out").exists(), run.err
