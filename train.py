@@ -180,7 +180,10 @@ with clear_errors():
             model_args["vocab_size"] = known if known < 1024 else -(-known // 64) * 64
         if "row" in meta and "block_size" not in given:
             model_args["block_size"] = meta["row"]["length"] - 1
-        ckpt, raw_model = {}, GPT(GPTConfig(**model_args))
+        try:
+            ckpt, raw_model = {}, GPT(GPTConfig(**model_args))
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"there is no memory for a model of these sizes ({str(error)[:99]})") from None
     else:
         saved = resume or checkpoint.exists(init_from) or Path(init_from).is_file()
         ckpt = checkpoint.load(out_dir if resume else init_from) if saved else {}

@@ -6,6 +6,7 @@ While they are tried, whatever this process writes, starts or connects to is not
 
 import copy
 import io
+import itertools
 import json
 import os
 import pickle
@@ -28,6 +29,7 @@ from configurator import configure
 from dataset import load_meta, open_split, write_dataset
 from model import GPT, GPTConfig
 
+NUMBERS = itertools.count()
 MEMORY = 2**30  # bytes that may be asked for beyond what the process has
 ACTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect")
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.rmdir")
@@ -44,7 +46,7 @@ def play(folder, trials):
             "model": build(vocab_size=len(CHARS["chars"])).state_dict(), "config": {}, "tokenizer": CHARS, "format": 1}  # fmt: skip
     torch.save(good, folder / "good.pt")
     attempts = [(kind.__name__, *case) for kind in (checkpoints, metas, tokens, configs, options, prompts) for case in kind(folder, good)]
-    attempts = attempts if trials >= len(attempts) else random.sample(attempts, trials)
+    attempts = attempts if trials >= len(attempts) else random.Random(trials).sample(attempts, trials)
     seen = watch(folder)
     limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -177,7 +179,7 @@ def moments(good):
 
 def resumed(folder, ckpt):
     checkpoint.save(folder / "out", ckpt)
-    return run(folder, "--init_from=resume", "--optimizer=adamw")
+    return run(folder, "--init_from=resume", "--optimizer=adamw", out="out")
 
 
 def with_manifest(folder, good, text):
@@ -189,8 +191,10 @@ def with_manifest(folder, good, text):
     return "fine" if checkpoint.load(place)["iter_num"] == 3 else "lost"
 
 
-def run(folder, *options, data="data"):
-    return Run("train.py", f"--dataset={folder / data}", f"--out_dir={folder / 'out'}", *TRAIN, "--max_iters=4", *options)
+def run(folder, *options, data="data", out=""):
+    """A start in a folder of its own, so that it is refused for what it is and not for what was there."""
+    out = folder / (out or f"run{next(NUMBERS)}")
+    return Run("train.py", f"--dataset={folder / data}", f"--out_dir={out}", *TRAIN, "--max_iters=4", *options)
 
 
 def metas(folder, good):
@@ -222,7 +226,7 @@ def with_data(folder, files, fine=False):
     place.mkdir(exist_ok=True)
     for name in ("meta.json", "train.bin", "val.bin"):
         (place / name).write_bytes(files.get(name, (folder / "data" / name).read_bytes()))
-    result = run(folder, "--init_from=scratch", f"--out_dir={folder / 'fresh'}", "--eval_only", data="wrong")
+    result = run(folder, "--init_from=scratch", "--eval_only", data="wrong")
     return "fine" if fine and result.code == 0 else result
 
 
