@@ -50,12 +50,10 @@ def configure(scope, *sources, argv=None):
 
 @contextmanager
 def clear_errors():
-    """Turns a ValueError or OSError inside, or torch's for want of memory, into one line on stderr and exit code 2."""
+    """Turns a ValueError or OSError inside into one line on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not {"allocate", "overflow", "overflowed"} & set(str(error).split()):
-            raise
+    except (ValueError, OSError) as error:
         line = " ".join(str(error).splitlines())
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {line if len(line) < 800 else line[:800] + '...'}\n")
         sys.exit(2)
