@@ -182,8 +182,10 @@ def check_sampling(sampling):
 
 
 def draw(p, generator):
-    """One token (R,) from probabilities (R, V)."""
-    return torch.multinomial(p, 1, generator=generator).squeeze(1)
+    """One token (R,) from probabilities (R, V): where their running sum passes a uniform number."""
+    total = p.double().cumsum(-1)
+    u = 1 - torch.rand(len(p), 1, generator=generator, dtype=torch.double, device=p.device)  # in (0, 1]
+    return (total < u * total[:, -1:]).sum(-1)
 
 
 def accept(p, q, drafts, generator):

@@ -7,7 +7,6 @@ import functools
 import sys
 
 import torch
-import torch.nn.functional as F
 
 # Dense peak FLOP/s by a part of the device's name, from the vendors' data sheets: (bfloat16, float32 with TF32).
 PEAK_FLOPS = {
@@ -90,8 +89,8 @@ def peak_memory(device):
 def pack(model, dtype=torch.float32):
     """Let the Linear layers of a model on a CPU read weights in dtype that oneDNN has put in order, to decode alone.
 
-    A few rows of tokens then cost what reading the weights costs. float32 weights of a single row lie by columns, which
-    matrix-vector products read faster. Takes the memory of two more models, and is nothing that torch.compile takes.
+    A few rows of tokens then cost what reading the weights costs, on all threads; torch's own product of a matrix and
+    one row runs on one. Takes the memory of one more model, and is nothing that torch.compile takes.
     Returns whether this torch has oneDNN for dtype; if not, nothing changes.
     """
     known = torch.backends.mkldnn.is_available() and (
@@ -100,16 +99,11 @@ def pack(model, dtype=torch.float32):
         return False
     for module in model.modules():
         if type(module) is torch.nn.Linear:
-            weight = module.weight.detach()
-            order = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
-            columns = weight.t().contiguous().t() if dtype == torch.float32 else None
-            bias = None if module.bias is None else module.bias.detach()
-            module.forward = functools.partial(packed_linear, order, columns, bias, dtype)
+            order = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(dtype))
+            bias = None if module.bias is None else module.bias.detach().to(dtype)
+            module.forward = functools.partial(packed_linear, order, bias, dtype)
     return True
 
 
-def packed_linear(order, columns, bias, dtype, x):
-    if columns is not None and x.numel() == x.size(-1):
-        return F.linear(x, columns, bias)
-    bias = bias if bias is None else bias.to(dtype)
+def packed_linear(order, bias, dtype, x):
     return torch.ops.mkldnn._linear_pointwise(x.to(dtype), order, bias, "none", [], "").to(x.dtype)
