@@ -34,6 +34,7 @@ from decode import SLOTS, Cache, generate
 from device import autocast, compile_works, pack, peak_flops, peak_memory, pick_device, pick_dtype, synchronize
 from exits import exit_evaluation, make_exit
 from model import GPT, GPTConfig, spectral_clip
+from objectives import parameter_groups
 
 # -----------------------------------------------------------------------------
 loops = ()  # loop counts to time, such as 1,2,4,8; (): the config's own
@@ -59,7 +60,7 @@ def training_step(config, vocab_size, device, dtype, compiled):
     torch.manual_seed(config["seed"])
     args = {name: config[name] for name in GPTConfig.__dataclass_fields__} | {"vocab_size": vocab_size}
     model = GPT(GPTConfig(**args)).to(device).train()
-    groups = model.parameter_groups()
+    groups = parameter_groups(model)
     matrices, rest = groups["matrices"], groups["embeddings"] + groups["vectors"]
     optimizers = [torch.optim.AdamW(rest + matrices * (config["optimizer"] == "adamw"), fused=True)]
     if config["optimizer"] == "muon":

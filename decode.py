@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from exits import rows_of
+
 # -----------------------------------------------------------------------------
 # the cache: token t of a row lies in cell t of the slot that belongs to its loop
 
@@ -126,8 +128,6 @@ class Cache:
 def check_slots(config, n_loop, slots, n_slot):
     """ValueError where a model cannot have these slots."""
     counts = config.counts(n_loop)
-    if not all(type(n) is int for n in counts):
-        raise ValueError(f"n_loop={n_loop!r}: one int for each group, not one for each row, when decoding")
     if slots not in SLOTS:
         raise ValueError(f"slots={slots!r}: must be one of {', '.join(SLOTS)}")
     if slots != "full" and not counts:
@@ -293,7 +293,7 @@ class Decoder:
             self.cache.select(rows)
             if not len(rows):
                 break
-            s, e, where, carry = s[going], whole[0][rows], whole[1].rows(rows), [part[going] for part in carry]
+            s, e, where, carry = s[going], whole[0][rows], rows_of(whole[1], rows), [part[going] for part in carry]
         self.cache.select(None)
         order = torch.cat(gone).argsort()
         return torch.cat(final)[order], torch.cat(used)[order].cpu()

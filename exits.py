@@ -1,5 +1,5 @@
 """
-When to stop looping: rules that look at a token after each loop, for decode.generate(), and what they cost a model.
+What a model would say after each loop; rules that stop looping then, for decode.generate(), and what they cost.
 
 A rule is asked by done(carry, s, logits): which tokens (R, T) are done, by the state s (R, T, C) after a loop or by
 logits(), the (R, T, V) that it would give; and what to carry to the next loop, a tuple of tensors (R, ..). start(s)
@@ -12,6 +12,62 @@ import torch
 import torch.nn.functional as F
 
 
+def around_the_loop(model, n_loop=None, group=-1):
+    """Of a schedule: the stages before the loop of a group, that loop, its count, the stages after it."""
+    schedule = model.schedule(n_loop)
+    place = [number for number, (_, count) in enumerate(schedule) if count][group]
+    return schedule[:place], schedule[place][0], *schedule[place][1], schedule[place + 1 :]
+
+
+def pass_through(stages, x, where):
+    """x (B, T, C) after some stages of a schedule."""
+    for stage, count in stages:
+        x = stage(x, where, *count)
+    return x
+
+
+def rows_of(where, pick):
+    """Of a model.Where some rows of the batch: a slice, or their numbers."""
+    each = [where.position, where.mask, *(where.turn or ())] if where.position.dim() > 1 else []
+    position, mask, *turn = [part if part is None else part[pick] for part in each] or where[:2]
+    return where._replace(position=position, mask=mask, turn=tuple(turn) or where.turn, idx=where.idx[pick])
+
+
+def after_each_loop(model, idx, n_loop=None, shift=1, group=-1):
+    """Yields state and last hidden states (B, T, C) after each loop of a group, as if it were the last."""
+    (x, where), T = model.embed(idx, shift=shift), idx.size(1)
+    before, loop, n, after = around_the_loop(model, n_loop, group)
+    for s in loop.states(pass_through(before, x, where), where, n):
+        x = pass_through(after, loop.exit(s), where)
+        yield s[:, -T:], model.transformer.ln_f(x[:, -T:])
+
+
+def exit_distribution(model, states):
+    """(B, T, n): how likely the gate stops after each of n loops, from the states after them (Ouro, section 3)."""
+    go_on = torch.sigmoid(-torch.cat([model.exit_gate(s) for s in states], dim=-1))  # (B, T, n)
+    reached = F.pad(go_on[..., :-1], (1, 0), value=1.0).cumprod(-1)
+    return torch.cat((reached[..., :-1] * (1 - go_on[..., :-1]), reached[..., -1:]), dim=-1)
+
+
+# -----------------------------------------------------------------------------
+# rules
+
+
+def state_change(before, s):
+    """|s - before| / |s| of states (.., C): (..)."""
+    return (s - before).norm(dim=-1) / s.norm(dim=-1)
+
+
+def kl(p, q):
+    """KL(p || q) in nats of log-probabilities (.., V): (..)."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def entropy(p):
+    """In nats of log-probabilities (.., V): (..)."""
+    return -(p.exp() * p).sum(-1)
+
+
 class StateExit(NamedTuple):
     """|s - before| / |s| < threshold (Huginn's latent-diff, arXiv 2502.05171, section 6)."""
 
@@ -21,7 +77,7 @@ class StateExit(NamedTuple):
         return (s,)
 
     def done(self, carry, s, logits):
-        return (s - carry[0]).norm(dim=-1) / s.norm(dim=-1) < self.threshold, (s,)
+        return state_change(carry[0], s) < self.threshold, (s,)
 
 
 class KLExit(NamedTuple):
@@ -35,7 +91,7 @@ class KLExit(NamedTuple):
     def done(self, carry, s, logits):
         now = logits().float().log_softmax(-1)
         before = carry[0].expand_as(now).log_softmax(-1)
-        return F.kl_div(now, before, reduction="none", log_target=True).sum(-1) < self.threshold, (now,)
+        return kl(before, now) < self.threshold, (now,)
 
 
 class EntropyExit(NamedTuple):
@@ -47,7 +103,7 @@ class EntropyExit(NamedTuple):
         return (s.new_full(s.shape[:2], torch.inf, dtype=torch.float),)
 
     def done(self, carry, s, logits):
-        now = torch.special.entr(logits().float().softmax(-1)).sum(-1)
+        now = entropy(logits().float().log_softmax(-1))
         return (now - carry[0]).abs() < self.threshold, (now,)
 
 
@@ -125,12 +181,12 @@ def exit_evaluation(model, idx, targets, exit_rule, n_loop=None, min_loops=1):
     as they are after as many loops, in decoding as they are in the end.
     """
     (x, where), T = model.embed(idx), idx.size(1)
-    before, loop, n, after = model.around_the_loop(n_loop)
+    before, loop, n, after = around_the_loop(model, n_loop)
 
     def readout(s):
-        return model.transformer.ln_f(model.pass_through(after, loop.exit(s), where))
+        return model.transformer.ln_f(pass_through(after, loop.exit(s), where))
 
-    e, kept = loop.entry(model.pass_through(before, x, where)), StandIn()
+    e, kept = loop.entry(pass_through(before, x, where)), StandIn()
     s = loop.init_state(e, where)
     carry, used = exit_rule and exit_rule.start(s), torch.full(e.shape[:2], n, device=e.device)
     for i in range(n):

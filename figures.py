@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from exits import after_each_loop, entropy, exit_distribution, kl, state_change
 from model import sample_loops, spectral_clip
 
 BATCH = 2**23  # logits computed at a time
@@ -73,13 +74,8 @@ def readouts(model, idx, group, n):
     """
     counts = list(model.config.counts())
     counts[group] = n
-    (x, where), T = model.embed(idx), idx.size(1)
-    schedule = model.schedule(tuple(counts))
-    place = [number for number, (_, count) in enumerate(schedule) if count][group]
-    loop = schedule[place][0]
-    for state in loop.states(model.pass_through(schedule[:place], x, where), where, n):
-        x = model.pass_through(schedule[place + 1 :], loop.exit(state), where)
-        yield state[:, -T:], model.logits(model.transformer.ln_f(x[:, -T:]))
+    for state, x in after_each_loop(model, idx, tuple(counts), group=group):
+        yield state, model.logits(x)
 
 
 def look(model, idx, group, n, top=5):
@@ -181,7 +177,7 @@ def course_of_batch(model, x, y, group, n):
         course[name][0] = np.inf  # nothing to compare the first loop with
     course["argmax"] = 1 / (0.5 + steps_alike(course["argmax"]))
     if model.config.exit_gate != "none":
-        stopped = model.exit_distribution(states)[counted].cumsum(-1).T  # (n, tokens)
+        stopped = exit_distribution(model, states)[counted].cumsum(-1).T  # (n, tokens)
         course["gate"] = (1 - stopped).clamp_min(0).cpu().numpy()
     return course
 
@@ -189,9 +185,8 @@ def course_of_batch(model, x, y, group, n):
 def unsettled(before, now):
     """By how much (state, log-probabilities) of tokens has changed; under argmax the likeliest token itself."""
     (s, p), (s_new, p_new) = before, now
-    entropy, entropy_new = (-(q.exp() * q).sum(-1) for q in (p, p_new))
-    return {"state": (s_new - s).norm(dim=-1) / s_new.norm(dim=-1), "KL": (p.exp() * (p - p_new)).sum(-1),
-            "entropy": (entropy_new - entropy).abs(), "argmax": p_new.argmax(-1)}
+    more = (entropy(p_new) - entropy(p)).abs()
+    return {"state": state_change(s, s_new), "KL": kl(p, p_new), "entropy": more, "argmax": p_new.argmax(-1)}
 
 
 def steps_alike(values):

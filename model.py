@@ -20,6 +20,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+LEAST = dict.fromkeys("block_size vocab_size n_layer n_head n_embd n_loop max_loops max_shift n_ahead".split(), 1)
+LEAST |= dict.fromkeys(("mlp_scale", "rope_base", "embedding_scale", "label_shift_prob"), 1e-9)
+LEAST |= {"document_separator": -1}  # the least value of a number, where it is not 0
+
 
 @dataclass
 class GPTConfig:
@@ -46,7 +50,6 @@ class GPTConfig:
     qk_bias: bool = False  # learned bias of queries and keys (Huginn)
     value_embedding: bool = False  # every other block adds a gated embedding of the token to its values (Parcae)
     rope_base: float = 10000.0
-    rope_pairs: str = "halves"  # which channels turn together: halves (i and i + D/2), neighbours (2i and 2i + 1)
     rope_scaling: tuple = ()  # Llama 3's: factor, low and high frequency factor, original context
     norm_place: str = "pre"  # pre, post (of the branch: OLMo-2), branch (both: Ouro), sum (pre and of the sum: Huginn)
     norm_eps: float = 0.0  # 0: 1e-5 in LayerNorm, machine epsilon in RMSNorm
@@ -67,7 +70,7 @@ class GPTConfig:
     max_loops: int = 64  # bound of sampled depth, rows of the learned loop embedding
     use_model_baseline: bool = False  # the control: the same blocks with nothing looped
     # how it is looped
-    input_injection: str = "inject"  # passthrough, add, inject, inject_last, diagonal, residual: how the input comes in
+    input_injection: str = "inject"  # passthrough, add, inject, diagonal, residual: how the input comes in
     residual_share: float = 0.1  # what input_injection=residual adds of the group's input after each loop
     state_init: str = "input"  # input, zero, noise: the state before the first loop
     loop_noise_scale: float = 0.0  # training noise before the first loop, in units of sqrt(2 / (5 n_embd))
@@ -85,15 +88,6 @@ class GPTConfig:
     n_ahead: int = 1  # heads, each for a token further ahead (arXiv 2404.19737)
 
     def __post_init__(self):
-        self._check_types()
-        self._check_shape()
-        self._check_loops()
-
-    def _require(self, name, ok, allowed):
-        if not ok:
-            raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
-
-    def _check_types(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
             kinds = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
@@ -101,22 +95,22 @@ class GPTConfig:
             self._require(field.name, fits, f"of type {kind.__name__}")
         for name, table in TABLES.items():
             self._require(name, getattr(self, name) in table, "one of " + ", ".join(table))
+        self._check_shape()
+        self._check_loops()
+
+    def _require(self, name, ok, allowed):
+        if not ok:
+            raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
 
     def _check_shape(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_loop", "max_loops", "max_shift",
-                     "n_ahead"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("n_prelude", "n_block", "n_coda", "bptt_k", "loop_noise_scale", "residual_share", "n_kv_head",
-                     "head_size", "n_latent", "n_hidden", "norm_eps", "logit_softcap"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "finite and not negative")
-        for name in ("mlp_scale", "rope_base", "embedding_scale"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "finite and positive")
-        self._require("document_separator", -1 <= self.document_separator < self.vocab_size, "-1 or a token id")
-        self._require("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1")
-        self._require("label_shift_prob", 0 < self.label_shift_prob <= 1, "more than 0 and at most 1")
-        alone = self.document_separator < 0 and not self.value_embedding
-        self._require("predict_ahead", alone or not self.predict_ahead,
-                      "False with document_separator or value_embedding: its token stands in no document and has no id")
+        for name in (field.name for field in fields(self) if field.type in (int, float)):
+            least = LEAST.get(name, 0)
+            self._require(name, least <= getattr(self, name) < math.inf, f"finite and at least {least}")
+        self._require("document_separator", self.document_separator < self.vocab_size, "-1 or a token id")
+        self._require("dropout", self.dropout < 1, "at least 0 and less than 1")
+        self._require("label_shift_prob", self.label_shift_prob <= 1, "more than 0 and at most 1")
+        alone = self.document_separator < 0 and not self.value_embedding or not self.predict_ahead
+        self._require("predict_ahead", alone, "False with document_separator, value_embedding: its token has no id")
         self._require("n_embd", self.head_size or self.n_embd % self.n_head == 0, f"a multiple of n_head={self.n_head}")
         self._require("n_kv_head", self.n_head % (self.n_kv_head or 1) == 0, f"0 or a divisor of n_head={self.n_head}")
         mha = self.attention == "mha"
@@ -138,15 +132,13 @@ class GPTConfig:
         self._require("loop_groups", fits, f"ascending runs of blocks below n_layer={self.n_layer}, as [[0,1],[3]]")
         n_groups = len(self.loop_groups) or int(looped)
         self._require("loop_counts", len(self.loop_counts) in (0, n_groups), f"() or one count for each of {n_groups}")
-        self._require("loop_counts", all(type(n) is int and 1 <= n <= self.max_loops for n in self.loop_counts),
-                      f"counts from 1 to max_loops={self.max_loops}")
-        self._require("n_loop", self.n_loop <= self.max_loops, f"at most max_loops={self.max_loops}")
-        free = looped and not self.loop_counts
-        self._require("n_loop", self.n_loop == 1 or free, "1 without n_block or loop_groups, or with loop_counts")
+        bounded = all(type(n) is int and 1 <= n <= self.max_loops for n in self.loop_counts)
+        self._require("loop_counts", bounded, f"counts from 1 to max_loops={self.max_loops}")
+        most, why = (self.max_loops, "max_loops") if looped and not self.loop_counts else (1, "no loop, or loop_counts")
+        self._require("n_loop", self.n_loop <= most, f"at most {most} ({why})")
         self._require("exit_gate", looped or self.exit_gate == "none", "none where nothing is looped")
         seen = self.input_injection != "passthrough" or (self.state_init == "input" and not self.bptt_k)
-        why = "another one with this state_init or bptt_k: what comes before the loop would get no gradient"
-        self._require("input_injection", seen, why)
+        self._require("input_injection", seen, "another one with this state_init or bptt_k: else no gradient gets out")
 
     @property
     def size(self) -> int:
@@ -161,8 +153,7 @@ class GPTConfig:
     @property
     def n_effective(self) -> int:
         """Blocks that a token passes, each counted as often."""
-        counts = iter(self.counts())
-        return sum(len(blocks) * (next(counts) if looped else 1) for blocks, looped in self.stages)
+        return self.n_physical + sum((n - 1) * len(group) for n, group in zip(self.counts(), self.groups))
 
     @property
     def n_physical(self) -> int:
@@ -183,14 +174,12 @@ class GPTConfig:
         return tuple(sorted(alone + [(group, True) for group in self.groups]))
 
     def counts(self, n_loop=None) -> tuple:
-        """Loops of each group. n_loop: None (the config's), a count for every group or one per group: an int, or a
-        tensor (B,) on the CPU, one int for each row of the batch."""
+        """Loops of each group. n_loop: None (the config's), an int for every group or one per group."""
         if n_loop is None:
             n_loop = self.loop_counts if self.loop_counts and self.groups else self.n_loop
         each = isinstance(n_loop, (tuple, list))
         counts = tuple(n_loop) if each else (n_loop,)
-        fits = all((type(n) is int or isinstance(n, torch.Tensor)) and torch.as_tensor(n).min() >= 1 for n in counts)
-        if not fits or (each and len(counts) != len(self.groups)):
+        if not all(type(n) is int and n >= 1 for n in counts) or (each and len(counts) != len(self.groups)):
             raise ValueError(f"n_loop={n_loop!r}: must be an int >= 1, or one for each of {len(self.groups)} groups")
         return counts if each else counts * len(self.groups)
 
@@ -205,12 +194,6 @@ class Where(NamedTuple):
     turn: tuple | None = None  # of rotary positions: cos and sin (.., 1, T, D/2)
     idx: torch.Tensor | None = None  # (B, T), the tokens themselves
     cache: object = None  # keys and values of S - T tokens before them: extend(k, v) -> k, v of all S
-
-    def rows(self, pick):
-        """Of some rows of the batch: a slice, or their numbers."""
-        each = [self.position, self.mask, *(self.turn or ())] if self.position.dim() > 1 else []
-        position, mask, *turn = [part if part is None else part[pick] for part in each] or self[:2]
-        return self._replace(position=position, mask=mask, turn=tuple(turn) or self.turn, idx=self.idx[pick])
 
 
 def one_document(x, idx):
@@ -265,29 +248,14 @@ class RotaryTable(nn.Module):
         return self.cos[position].unsqueeze(-3), self.sin[position].unsqueeze(-3)
 
 
-class Rotary(nn.Module):
-    """Turns pairs of channels of queries and keys (B, H, T, D) by the angles of their positions."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.pair, self.join = ROPE_PAIRS[config.rope_pairs]
-
-    def forward(self, x, where):
-        (cos, sin), (a, b) = where.turn, self.pair(x.float())
-        return self.join(a * cos - b * sin, b * cos + a * sin).type_as(x)
+def rotate(x, where):
+    """Queries or keys x (B, H, T, D), channels i and i + D/2 turned by the angles of their position."""
+    (cos, sin), (a, b) = where.turn, x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
-ROPE_PAIRS = {
-    "halves": (lambda x: x.chunk(2, dim=-1), lambda a, b: torch.cat((a, b), dim=-1)),
-    "neighbours": (lambda x: x.unflatten(-1, (-1, 2)).unbind(-1), lambda a, b: torch.stack((a, b), dim=-1).flatten(-2)),
-}
-
-
-class Keep(nn.Module):
+class Keep(nn.Identity):
     """Off: x as it is."""
-
-    def __init__(self, *_):
-        super().__init__()
 
     def forward(self, x, *_):
         return x
@@ -295,7 +263,7 @@ class Keep(nn.Module):
 
 POSITION = {  # what is added to the embedding, what turns queries and keys, what where.turn is of a position
     "learned": (LearnedPosition, Keep, lambda config: lambda position: None),
-    "rope": (Keep, Rotary, RotaryTable),
+    "rope": (Keep, lambda config: rotate, RotaryTable),
     "none": (Keep, Keep, lambda config: lambda position: None),
 }
 
@@ -355,7 +323,6 @@ class Attention(nn.Module):
         chosen = number % 2 == (config.n_physical - 1) % 2  # the last block and every other before it
         self.value = ValueEmbedding(config, K) if config.value_embedding and chosen else Keep(config)
         self.rotate = POSITION[config.position][1](config)
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, where):
         q, k, v = self.c_attn(x).unflatten(-1, (-1, self.size)).split(self.heads, dim=-2)  # (B, T, H, D)
@@ -365,7 +332,7 @@ class Attention(nn.Module):
         if where.cache is not None:
             k, v = where.cache.extend(k, v)
         y = attend(q, k, v, where, self.dropout * self.training)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(-2)))
+        return self.c_proj(y.transpose(1, 2).flatten(-2))
 
 
 def attend(q, k, v, where, dropout, scale=None):
@@ -375,10 +342,8 @@ def attend(q, k, v, where, dropout, scale=None):
 
 class LatentAttention(nn.Module):
     """Keys and values of all heads from one latent per token (MLA: DeepSeek-V2, arXiv 2405.04434, section 2.1).
-
     With rotary positions each head has D/2 more channels that turn; those of the keys are shared by the heads. A cache
-    holds latents and turned channels alone; queries then absorb the up-projection of the keys, outputs that of values.
-    """
+    holds latents and turned channels; queries then absorb the up-projection of the keys, outputs that of values."""
 
     def __init__(self, config, number=0):
         super().__init__()
@@ -391,7 +356,6 @@ class LatentAttention(nn.Module):
         self.c_proj = nn.Linear(H * self.size, C, bias=config.bias)
         self.n_products = H * (2 * self.size + self.turning)
         self.rotate = POSITION[config.position][1](config)
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, where):
         q = self.c_q(x).unflatten(-1, (-1, self.size + self.turning)).transpose(1, 2)  # (B, H, T, D + turning)
@@ -400,7 +364,7 @@ class LatentAttention(nn.Module):
         q_turned, k_turned = self.rotate(q_turned, where), self.rotate(k_turned, where)
         way = self.expanded if where.cache is None else self.absorbed
         y = way(q, q_turned, self.ln_latent(latent), k_turned, where)  # (B, H, T, D)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(-2)))
+        return self.c_proj(y.transpose(1, 2).flatten(-2))
 
     def expanded(self, q, q_turned, latent, k_turned, where):
         kv = self.c_up(latent.squeeze(1)).unflatten(-1, (-1, 2 * self.size)).transpose(1, 2)
@@ -429,10 +393,9 @@ class FeedForward(nn.Module):
         self.activation = activation if scale == 1 else lambda x: scale * activation(x)
         self.c_fc = nn.Linear(config.n_embd, fan * width, bias=config.bias)
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 def swiglu(x):
@@ -462,10 +425,11 @@ class Block(nn.Module):
         self.attn = ATTENTION[config.attention](config, number)
         self.ln_2, self.ln_2_out, self.ln_2_sum = (kind(config) for kind in kinds)
         self.mlp = MLP[config.mlp](config)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, where):
-        x = self.ln_1_sum(x + self.ln_1_out(self.attn(self.ln_1(x), where)))
-        return self.ln_2_sum(x + self.ln_2_out(self.mlp(self.ln_2(x))))
+        x = self.ln_1_sum(x + self.ln_1_out(self.drop(self.attn(self.ln_1(x), where))))
+        return self.ln_2_sum(x + self.ln_2_out(self.drop(self.mlp(self.ln_2(x)))))
 
 
 # -----------------------------------------------------------------------------
@@ -473,17 +437,13 @@ class Block(nn.Module):
 
 
 class Inject(nn.Linear):
-    """Linear over [e, s], at first [I | 0] so that it hands on e (nanoLOOP); with order=-1 over [s, e] (Huginn)."""
-
-    def __init__(self, config, order=1):
-        super().__init__(2 * config.n_embd, config.n_embd, bias=config.bias)
-        self.order = order
+    """Linear over [e, s], at first [I | 0] so that it hands on e (nanoLOOP; Huginn's adapter)."""
 
     def forward(self, s, e):
-        return super().forward(torch.cat((e, s)[:: self.order], dim=-1))
+        return super().forward(torch.cat((e, s), dim=-1))
 
     def init(self):
-        nn.init.eye_(self.weight.zero_().chunk(2, dim=-1)[:: self.order][0])
+        nn.init.eye_(self.weight.zero_().chunk(2, dim=-1)[0])
 
 
 class Diagonal(nn.Linear):
@@ -499,16 +459,14 @@ class Diagonal(nn.Linear):
         return torch.exp(-dt * self.A_log.exp()) * s + dt * super().forward(e)
 
     def init(self):
-        """B the identity, decay sqrt(1 / 5)."""
-        nn.init.eye_(self.weight)
-        nn.init.constant_(self.dt_bias, math.log(math.expm1(math.log(5) / 2)))
+        nn.init.eye_(self.weight)  # B
+        nn.init.constant_(self.dt_bias, math.log(math.expm1(math.log(5) / 2)))  # a decay of sqrt(1 / 5)
 
 
 INJECTION = {  # (s, e) -> s before the blocks, and after them
     "passthrough": (Keep, Keep),
     "add": (lambda config: torch.add, Keep),
-    "inject": (Inject, Keep),
-    "inject_last": (lambda config: Inject(config, order=-1), Keep),
+    "inject": (lambda config: Inject(2 * config.n_embd, config.n_embd, config.bias), Keep),
     "diagonal": (Diagonal, Keep),
     "residual": (Keep, lambda config: lambda s, e: s + config.residual_share * e),
 }
@@ -550,9 +508,6 @@ class LoopNoise(nn.Module):
 class LearnedIndex(nn.Embedding):
     """One learned vector per loop; loops beyond max_loops share the last."""
 
-    def __init__(self, config):
-        super().__init__(config.max_loops, config.n_embd)
-
     def forward(self, s, i):
         return s + self.weight[torch.as_tensor(i).clamp(max=self.num_embeddings - 1)]
 
@@ -571,7 +526,11 @@ class SinusoidalIndex(nn.Module):
 
 
 LOOP_NORM = {"none": Keep, "rmsnorm": NORM["rmsnorm"]}
-LOOP_EMBEDDING = {"none": Keep, "learned": LearnedIndex, "sinusoidal": SinusoidalIndex}
+LOOP_EMBEDDING = {
+    "none": Keep,
+    "learned": lambda config: LearnedIndex(config.max_loops, config.n_embd),
+    "sinusoidal": SinusoidalIndex,
+}
 LOOP_EXIT = {
     "none": Keep,
     "linear": lambda config, ln_f: nn.Linear(config.n_embd, config.n_embd, bias=False),
@@ -610,29 +569,7 @@ class Loop(nn.Module):
             yield s
 
     def forward(self, e, where, n):
-        by_row = isinstance(n, torch.Tensor)
-        return self.exit(self.by_row(e, where, n) if by_row else deque(self.states(e, where, n), maxlen=1).pop())
-
-    def by_row(self, e, where, counts):
-        """The state after each row's own number of loops, counts (B,).
-
-        Rows with more loops begin earlier, so that all end together and the last bptt_k loops of each carry a gradient;
-        a loop computes only those that have begun, so that the batch costs the mean of the counts.
-        """
-        counts, order = counts.sort(descending=True)
-        e, where = self.entry(e)[order], where.rows(order)
-        s = self.noise(self.init_state(e, where), counts[:, None, None].to(e.device))
-        for left in range(int(counts[0]), 0, -1):
-            begun = slice(int((counts >= left).sum()))
-            i = (counts[begun, None] - left).to(e.device)  # each row's own loop
-            with torch.set_grad_enabled(torch.is_grad_enabled() and left <= self.bptt_k):
-                moved = self.step(s[begun], e[begun], i, where.rows(begun))
-            s = torch.cat((moved, s[begun.stop :]))
-        return s[order.argsort()]
-
-
-# -----------------------------------------------------------------------------
-# how many loops a training step makes: (mean, generator) -> int >= 1
+        return self.exit(deque(self.states(e, where, n), maxlen=1).pop())
 
 
 def poisson(mean, generator, sigma=0.5):
@@ -641,7 +578,7 @@ def poisson(mean, generator, sigma=0.5):
     return 1 + int(torch.poisson(rate, generator=generator))
 
 
-LOOP_SAMPLING = {
+LOOP_SAMPLING = {  # loops of a training step: (mean, generator) -> int >= 1
     "fixed": lambda mean, generator: mean,
     "uniform": lambda mean, generator: int(torch.randint(1, 2 * mean, (1,), generator=generator)),
     "geometric": lambda mean, generator: int(torch.empty(1).geometric_(min(1 / mean, 1 - 1e-9), generator=generator)),
@@ -650,41 +587,28 @@ LOOP_SAMPLING = {
 
 
 def sample_loops(config, generator, means=None):
-    """Loops of one training step: one int per group in [1, max_loops], by config.loop_sampling.
-
-    means: one per group, the config's counts by default. The draws follow from the state of generator (on CPU) alone.
-    """
+    """Loops of one training step: one int per group in [1, max_loops], by config.loop_sampling. means: one per group,
+    the config's counts by default. The draws follow from the state of generator (on CPU) alone."""
     draw = LOOP_SAMPLING[config.loop_sampling]
     return tuple(min(draw(mean, generator), config.max_loops) for mean in means or config.counts())
 
 
-# -----------------------------------------------------------------------------
-# what hidden states x (B, T, C) are asked besides the next token
-
-
-class ExitGate(nn.Linear):
-    """Whether to stop after a loop, as a logit (B, T, 1): Linear of the pooled state (B, T, C)."""
-
-    def __init__(self, config):
-        super().__init__(config.n_embd, 1)
-        self.pool = EXIT_GATE[config.exit_gate]
+class MeanGate(nn.Linear):
+    """Linear of the mean state of the tokens so far, s (B, T, C)."""
 
     def forward(self, s):
-        return super().forward(self.pool(s))
+        return super().forward(s.cumsum(1) / torch.arange(1, s.size(1) + 1, device=s.device)[:, None])
 
 
-EXIT_GATE = {  # how the states of the tokens so far become one
-    "none": None,
-    "state": lambda s: s,  # the token's own (Ouro, arXiv 2510.25741)
-    "mean_state": lambda s: s.cumsum(1) / torch.arange(1, s.size(1) + 1, device=s.device)[:, None],
+EXIT_GATE = {  # whether to stop after a loop, as a logit (B, T, 1)
+    "none": Keep,
+    "state": lambda config: nn.Linear(config.n_embd, 1),  # Ouro, arXiv 2510.25741
+    "mean_state": lambda config: MeanGate(config.n_embd, 1),
 }
 
 
 class ShiftToken(nn.Embedding):
     """Puts a learned token before the input x (B, T, C) that says how far ahead to predict: shift, an int or (B,)."""
-
-    def __init__(self, config):
-        super().__init__(config.max_shift, config.n_embd)
 
     def forward(self, x, shift):
         token = super().forward(torch.as_tensor(shift, device=x.device) - 1)
@@ -694,20 +618,11 @@ class ShiftToken(nn.Embedding):
 class Ahead(nn.Linear):
     """Hidden states for one token further ahead, x + SiLU(Linear(x)), at first x (Medusa, arXiv 2401.10774)."""
 
-    def __init__(self, config):
-        super().__init__(config.n_embd, config.n_embd, bias=config.bias)
-
     def forward(self, x):
         return x + F.silu(super().forward(x))
 
     def init(self):
         nn.init.zeros_(self.weight)
-
-
-def sample_shifts(config, generator, count):
-    """How far ahead each of count sequences predicts, int64 (count,) in [1, max_shift]: geometric, from generator."""
-    drawn = torch.empty(count).geometric_(min(config.label_shift_prob, 1 - 1e-9), generator=generator)
-    return drawn.clamp(max=config.max_shift).long()
 
 
 def shift_labels(targets, shift):
@@ -723,20 +638,16 @@ def shift_labels(targets, shift):
 
 INIT = {  # how a matrix is filled, its std, and that of one whose outputs are added to the residual stream
     "gpt2": lambda config: (lambda p, std: nn.init.normal_(p, std=std), 0.02, 0.02 / math.sqrt(2 * config.n_physical)),
-    "small": lambda config: (
-        lambda p, std: nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std),
-        small_std(config), small_std(config) / math.sqrt(2 * config.n_effective),
-    ),
-    "orthogonal": lambda config: (  # outputs 0: every block starts as the identity
-        lambda p, std: nn.init.orthogonal_(p, gain=std * math.sqrt(max(p.shape))), small_std(config), 0.0
-    ),
+    "small": lambda config: (lambda p, std: nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std),
+                             small_std(config), small_std(config) / math.sqrt(2 * config.n_effective)),
+    "orthogonal": lambda config: (lambda p, std: nn.init.orthogonal_(p, gain=std * math.sqrt(max(p.shape))),
+                                  small_std(config), 0.0),  # every block starts as the identity
 }
-
 TABLES = {
-    "norm": NORM, "norm_place": NORM_PLACE, "position": POSITION, "rope_pairs": ROPE_PAIRS, "attention": ATTENTION,
-    "qk_norm": QK_NORM, "mlp": MLP, "init": INIT, "input_injection": INJECTION, "state_init": STATE_INIT,
-    "loop_norm": LOOP_NORM, "loop_entry": LOOP_NORM, "loop_exit": LOOP_EXIT, "loop_embedding": LOOP_EMBEDDING,
-    "loop_sampling": LOOP_SAMPLING, "exit_gate": EXIT_GATE,
+    "norm": NORM, "norm_place": NORM_PLACE, "position": POSITION, "attention": ATTENTION, "qk_norm": QK_NORM,
+    "mlp": MLP, "init": INIT, "input_injection": INJECTION, "state_init": STATE_INIT, "loop_norm": LOOP_NORM,
+    "loop_entry": LOOP_NORM, "loop_exit": LOOP_EXIT, "loop_embedding": LOOP_EMBEDDING, "loop_sampling": LOOP_SAMPLING,
+    "exit_gate": EXIT_GATE,
 }
 
 
@@ -745,33 +656,31 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.block_size = config, config.block_size
+        self.config, self.block_size, self.embedding_scale = config, config.block_size, config.embedding_scale
         separator = config.document_separator
         self.look = one_document if separator < 0 else partial(documents, separator=separator)
         self.turn = POSITION[config.position][2](config)
         blocks = [Block(config, number) for number in range(config.n_physical)]
         ln_f = NORM[config.norm](config) if config.final_norm else Keep(config)
-        loops = [Loop(config, blocks[group[0] : group[-1] + 1], ln_f) for group in config.groups]
+        loops = {group: Loop(config, blocks[group[0] : group[-1] + 1], ln_f) for group in config.groups}
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": POSITION[config.position][0](config),
             "ln_e": NORM[config.norm](config) if config.embedding_norm else Keep(config),
             "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(blocks),
-            "loops": nn.ModuleList(loops),
+            "loops": nn.ModuleList(loops.values()),
             "ln_f": ln_f,
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # arXiv 1608.05859
-        self.prefix = ShiftToken(config) if config.predict_ahead else Keep(config)
-        self.ahead = nn.ModuleList(Ahead(config) for _ in range(config.n_ahead - 1))
-        if config.exit_gate != "none":
-            self.exit_gate = ExitGate(config)
+        self.prefix = ShiftToken(config.max_shift, config.n_embd) if config.predict_ahead else Keep()
+        self.ahead = nn.ModuleList(Ahead(config.n_embd, config.n_embd, config.bias) for _ in range(config.n_ahead - 1))
+        self.exit_gate = EXIT_GATE[config.exit_gate](config)
         cap = config.logit_softcap
         self.cap = (lambda logits: cap * torch.tanh(logits / cap)) if cap else Keep(config)
-        loop_of = dict(zip(config.groups, loops))
-        self.stages = tuple(loop_of[stage] if looped else blocks[stage[0]] for stage, looped in config.stages)
+        self.stages = tuple(loops[stage] if looped else blocks[stage[0]] for stage, looped in config.stages)
         self.init_weights()
 
     def init_weights(self):
@@ -789,13 +698,11 @@ class GPT(nn.Module):
 
     def embed(self, idx, cache=None, shift=1):
         """Token ids (B, T), or embeddings (B, T, C), to x (B, T, C) and where they stand, which a cache knows better.
-
-        With predict_ahead the token of shift, an int or (B,), comes before the first of them: x (B, T + 1, C).
-        """
+        With predict_ahead the token of shift, an int or (B,), comes before the first of them: x (B, T + 1, C)."""
         seen = 0 if cache is None else cache.length
         if seen + idx.size(1) > self.block_size:
             raise ValueError(f"{seen + idx.size(1)} tokens are more than block_size={self.block_size}")
-        x = idx if idx.is_floating_point() else self.config.embedding_scale * self.transformer.wte(idx)
+        x = idx if idx.is_floating_point() else self.embedding_scale * self.transformer.wte(idx)
         x = x if seen else self.prefix(x, shift)
         position, mask = (self if cache is None else cache).look(x, idx)
         where = Where(position, mask, self.turn(position), idx, cache)
@@ -806,58 +713,29 @@ class GPT(nn.Module):
         counts = iter(self.config.counts(n_loop))
         return [(stage, (next(counts),) if isinstance(stage, Loop) else ()) for stage in self.stages]
 
-    def pass_through(self, stages, x, where):
-        """x (B, T, C) after some stages of a schedule."""
-        for stage, count in stages:
-            x = stage(x, where, *count)
-        return x
-
     def hidden(self, idx, n_loop=None, cache=None, shift=1):
         """The last hidden states (B, T, C), which the head reads, of tokens or embeddings as embed takes them."""
         x, where = self.embed(idx, cache, shift)
-        return self.transformer.ln_f(self.pass_through(self.schedule(n_loop), x, where)[:, -idx.size(1) :])
-
-    def around_the_loop(self, n_loop=None):
-        """Of a schedule: the stages before the last loop, that loop, its count, the stages after it."""
-        schedule = self.schedule(n_loop)
-        last = max(number for number, (_, count) in enumerate(schedule) if count)
-        return schedule[:last], schedule[last][0], *schedule[last][1], schedule[last + 1 :]
-
-    def exits(self, idx, n_loop=None, shift=1):
-        """Yields state and last hidden states (B, T, C) after each loop of the last group, as if it were the last."""
-        (x, where), T = self.embed(idx, shift=shift), idx.size(1)
-        before, loop, n, after = self.around_the_loop(n_loop)
-        for s in loop.states(self.pass_through(before, x, where), where, n):
-            x = self.pass_through(after, loop.exit(s), where)
-            yield s[:, -T:], self.transformer.ln_f(x[:, -T:])
+        for stage, count in self.schedule(n_loop):
+            x = stage(x, where, *count)
+        return self.transformer.ln_f(x[:, -idx.size(1) :])
 
     def logits(self, x):
         """Of hidden states (B, T, C): (B, T, V)."""
         return self.cap(self.lm_head(x))
 
-    def readout(self, x, targets=None):
-        """(logits (B, T, V), mean cross-entropy) with targets, else (logits of the last position (B, 1, V), None)."""
+    def forward(self, idx, targets=None, n_loop=None, cache=None, shift=1):
+        """Logits (B, T, V) and loss (nats per token) of idx (B, T), int64, or of embeddings (B, T, C) in its place;
+        without targets logits of the last position (B, 1, V) and None.
+        targets (B, T): the next tokens, -1 for none; with a shift of more than 1 (int or (B,), for a model that was
+        trained to predict_ahead) the tokens so far ahead among them are predicted. n_loop: None (the config's counts),
+        an int >= 1 or one per group, whatever the model was trained at, else ValueError. cache: a decode.Cache of the
+        tokens before."""
+        x = self.hidden(idx, n_loop, cache, shift)
         if targets is None:
             return self.logits(x[:, [-1]]), None
         logits = self.logits(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-
-    def forward(self, idx, targets=None, n_loop=None, cache=None, shift=1):
-        """Logits and loss (nats per token) of idx (B, T), int64, or of embeddings (B, T, C) in its place.
-
-        targets (B, T): the next tokens, -1 for none; with a shift of more than 1 (int or (B,), for a model that was
-        trained to predict_ahead) the tokens so far ahead among them are predicted. n_loop: None (the config's counts),
-        a count or one per group: an int >= 1, whatever the model was trained at, or a tensor (B,) with one for each
-        row, else ValueError. cache: a decode.Cache of the tokens before.
-        """
-        targets = targets if targets is None or type(shift) is int and shift == 1 else shift_labels(targets, shift)
-        return self.readout(self.hidden(idx, n_loop, cache, shift), targets)
-
-    def exit_distribution(self, states):
-        """(B, T, n): how likely the gate stops after each of n loops, from the states after them (Ouro, section 3)."""
-        go_on = torch.sigmoid(-torch.cat([self.exit_gate(s) for s in states], dim=-1))  # (B, T, n)
-        reached = F.pad(go_on[..., :-1], (1, 0), value=1.0).cumprod(-1)
-        return torch.cat((reached[..., :-1] * (1 - go_on[..., :-1]), reached[..., -1:]), dim=-1)
+        return logits, F.cross_entropy(logits.flatten(0, 1), shift_labels(targets, shift).flatten(), ignore_index=-1)
 
     @torch.no_grad()
     def loops_representation(self, idx, n_loop=None):
@@ -871,10 +749,8 @@ class GPT(nn.Module):
 
     def flops_per_token(self, n_loop=None, bptt_k=None):
         """FLOPs of forward and backward per token of a full window, of all matrix products and attention.
-
-        A multiply-add is 2 and backward is twice forward (PaLM, arXiv 2204.02311, appendix B); attention is counted
-        as if not causal, as there. Every loop runs forward, the last bptt_k (None: the config's, 0: all) backward.
-        """
+        Multiply-adds are 2, backward is twice forward, attention not causal (PaLM, arXiv 2204.02311, appendix B);
+        every loop runs forward, the last bptt_k (None: the config's, 0: all) backward."""
         k = self.config.bptt_k if bptt_k is None else bptt_k
         total = 3 * self.forward_flops(self.lm_head)
         for stage, count in self.schedule(n_loop):
@@ -896,14 +772,6 @@ class GPT(nn.Module):
         left_out = self.transformer.wpe.parameters() if non_embedding else ()
         return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in left_out)
 
-    def parameter_groups(self):
-        """Parameters by kind: matrices of the Linear layers, embeddings (and the head, tied or not), vectors."""
-        embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding) or m is self.lm_head}
-        groups = {"matrices": [], "embeddings": [], "vectors": []}
-        for p in self.parameters():
-            groups["embeddings" if id(p) in embeddings else "matrices" if len(p) > 1 < p.dim() else "vectors"].append(p)
-        return groups
-
 
 # -----------------------------------------------------------------------------
 # spectral clipping
@@ -920,10 +788,7 @@ def matrix_sign(W):
 
 def spectral_clip(W, beta):
     """W (..., m, n) with its singular values above beta brought to beta (leloykun.github.io/ponder/spectral-clipping).
-
-    W - max(P - beta, 0) sign(W), where W = P sign(W): nothing is subtracted where nothing is too large, so that a sign
-    that has not settled for tiny singular values does no harm. Computed in float32.
-    """
+    W - max(P - beta, 0) sign(W), W = P sign(W), in float32: signs that have not settled for tiny values do no harm."""
     if W.size(-2) > W.size(-1):
         return spectral_clip(W.mT, beta).mT
     sign = matrix_sign(W.float())

@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from exits import after_each_loop, around_the_loop, exit_distribution, kl, rows_of
 from model import shift_labels
 
 
@@ -41,7 +42,7 @@ class Objective(nn.Module):
         model, count = self.model, self.model.forward_flops
         total = model.flops_per_token(n_loop) + 3 * (count(model.ahead) + len(model.ahead) * count(model.lm_head))
         if self.exit_passes:
-            _, loop, n, after = model.around_the_loop(n_loop)
+            _, loop, n, after = around_the_loop(model, n_loop)
             stages = [loop.exit, *(stage for stage, _ in after), model.lm_head]
             total += self.exit_passes * (n - 1) * sum(map(count, stages))
         return total
@@ -78,11 +79,11 @@ class Objective(nn.Module):
     def divergence(self, x, last):
         """KL(p of the last hidden states || p of x), both (N, C): (N,)."""
         p, q = (self.model.logits(part).float().log_softmax(-1) for part in (last, x))
-        return F.kl_div(q, p.detach(), reduction="none", log_target=True).sum(-1)
+        return kl(p.detach(), q)
 
     def exits(self, idx, n_loop, shift):
         """States and last hidden states after each loop: two lists of n tensors (B, T, C)."""
-        return zip(*self.model.exits(idx, n_loop, shift))
+        return zip(*after_each_loop(self.model, idx, n_loop, shift))
 
     def gates(self, states):
         """(N, n) logits of stopping after each loop."""
@@ -94,7 +95,9 @@ class Objective(nn.Module):
 
 
 def next_token(self, idx, targets, n_loop, shift):
-    x, heads = self.model.hidden(idx, n_loop, shift=shift), self.model.ahead
+    each_row = type(n_loop) is tuple and any(isinstance(n, torch.Tensor) for n in n_loop)
+    x = hidden_by_row(self.model, idx, n_loop, shift) if each_row else self.model.hidden(idx, n_loop, shift=shift)
+    heads = self.model.ahead
     total = self.loss_sum(x, targets)
     log = {"loss": torch.stack((total.detach(), (targets >= 0).sum()))}
     for number, head in enumerate(heads, 2):
@@ -124,7 +127,7 @@ def distill(self, idx, targets, n_loop, shift):
 def exit_loss(self, idx, targets, n_loop, shift):
     states, xs = self.exits(idx, n_loop, shift)
     losses, counted = self.exit_losses(xs, targets), targets.flatten() >= 0
-    p = self.model.exit_distribution(states).float().flatten(0, 1)  # (N, n)
+    p = exit_distribution(self.model, states).float().flatten(0, 1)  # (N, n)
     entropy = torch.special.entr(p).sum(-1) * counted
     expected = (p * losses).sum(-1)
     loops = (p @ torch.arange(1.0, p.size(-1) + 1, device=p.device)) * counted
@@ -151,6 +154,55 @@ def confidence(self, idx, targets, n_loop, shift):
     stop = self.gates([s.detach() for s in states])[:, :-1]
     wrong = F.binary_cross_entropy_with_logits(stop, same, reduction="none").sum(-1) / max(1, len(xs) - 1) * counted
     return losses.sum() + wrong.sum(), {"loss": summed(losses, targets), "gate": summed(wrong, targets)}
+
+
+# -----------------------------------------------------------------------------
+# loops, shifts and parameters of a training step
+
+
+def hidden_by_row(model, idx, counts, shift=1):
+    """The last hidden states (B, T, C) of tokens idx (B, T), at counts (B,) loops of each row for each group."""
+    (x, where), counts = model.embed(idx, shift=shift), iter(counts)
+    for stage, looped in model.schedule():
+        x = stage.exit(by_row(stage, x, where, next(counts))) if looped else stage(x, where)
+    return model.transformer.ln_f(x[:, -idx.size(1) :])
+
+
+def by_row(loop, e, where, counts):
+    """The state (B, T, C) after each row's own number of loops, counts (B,) on the CPU.
+
+    Rows with more loops begin earlier, so that all end together and the last bptt_k loops of each carry a gradient;
+    a loop computes only those that have begun, so that the batch costs the mean of the counts.
+    """
+    counts, order = counts.sort(descending=True)
+    e, where = loop.entry(e)[order], rows_of(where, order)
+    s = loop.noise(loop.init_state(e, where), counts[:, None, None].to(e.device))
+    for left in range(int(counts[0]), 0, -1):
+        begun = slice(int((counts >= left).sum()))
+        i = (counts[begun, None] - left).to(e.device)  # each row's own loop
+        with torch.set_grad_enabled(torch.is_grad_enabled() and left <= loop.bptt_k):
+            moved = loop.step(s[begun], e[begun], i, rows_of(where, begun))
+        s = torch.cat((moved, s[begun.stop :]))
+    return s[order.argsort()]
+
+
+def sample_shifts(config, generator, count):
+    """How far ahead each of count sequences predicts, int64 (count,) in [1, max_shift]: geometric, from generator."""
+    drawn = torch.empty(count).geometric_(min(config.label_shift_prob, 1 - 1e-9), generator=generator)
+    return drawn.clamp(max=config.max_shift).long()
+
+
+def parameter_groups(model):
+    """Parameters by kind: matrices of the Linear layers, embeddings (and the head, tied or not), vectors."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m is model.lm_head}
+    groups = {"matrices": [], "embeddings": [], "vectors": []}
+    for p in model.parameters():
+        groups["embeddings" if id(p) in embeddings else "matrices" if len(p) > 1 < p.dim() else "vectors"].append(p)
+    return groups
+
+
+# -----------------------------------------------------------------------------
+# tables
 
 
 def summed(losses, targets):

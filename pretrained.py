@@ -55,12 +55,14 @@ class Family(NamedTuple):
     defaults: dict = {}  # our fields where config.json is silent
     names: dict = {}  # our tensor: theirs, or several whose rows are one below the other in ours; else the same name
     turned: tuple = ()  # tensors that are stored transposed
+    paired: bool = False  # rotary positions turn channels 2i and 2i + 1 together, ours i and i + D/2
+    state_first: bool = False  # the adapter reads [s, e], ours [e, s]
     more: tuple = (lambda given: {}, lambda config: {})  # fields that need arithmetic: theirs to ours, ours to theirs
 
 
 VALUES = {  # our field: {their value: ours}, where they differ
     "mlp": {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"},
-    "input_injection": {"linear": "inject_last", "add": "add", "diagonal": "diagonal"},
+    "input_injection": {"linear": "inject", "add": "add", "diagonal": "diagonal"},
     "state_init": {"like-init": "noise", "zero": "zero"},
     "qk_norm": {True: "rotated", False: "none"},
     "loop_entry": {True: "rmsnorm", False: "none"},
@@ -171,16 +173,16 @@ HUGINN = Family(
      "n_prelude": "n_layers_in_prelude", "n_block": "n_layers_in_recurrent_block", "n_coda": "n_layers_in_coda",
      "n_loop": "mean_recurrence", "bptt_k": "mean_backprop_depth", "norm_eps": "norm_eps", "qk_bias": "qk_bias",
      "input_injection": "injection_type", "state_init": "state_init", "tie_weights": "tie_embeddings"},
-    dict(norm="rmsnorm", norm_place="sum", position="rope", rope_pairs="neighbours", mlp="swiglu", bias=False,
+    dict(norm="rmsnorm", norm_place="sum", position="rope", mlp="swiglu", bias=False,
          loop_norm="none", loop_exit="final_norm", init="small", loop_sampling="poisson"),
-    dict(n_kv_head=0, bptt_k=8, norm_eps=1e-6, qk_bias=True, input_injection="inject_last", state_init="noise",
+    dict(n_kv_head=0, bptt_k=8, norm_eps=1e-6, qk_bias=True, input_injection="inject", state_init="noise",
          tie_weights=True),
     {"transformer.loops.0.inject": "transformer.adapter", "ln_1": f"{BLOCK}.norm_1", "ln_1_sum": f"{BLOCK}.norm_2",
      "ln_2": f"{BLOCK}.norm_3", "ln_2_sum": f"{BLOCK}.norm_4", "attn.c_attn": f"{BLOCK}.attn.Wqkv",
      "attn.c_proj": f"{BLOCK}.attn.proj", "attn.q_norm": f"{BLOCK}.attn.q_norm", "attn.k_norm": f"{BLOCK}.attn.k_norm",
      "attn.q_bias.bias": f"{BLOCK}.attn.qk_bias", "attn.k_bias.bias": f"{BLOCK}.attn.qk_bias",
      "mlp.c_fc": f"{BLOCK}.mlp.fc", "mlp.c_proj": f"{BLOCK}.mlp.proj"},
-    more=(read_huginn, write_huginn),
+    paired=True, state_first=True, more=(read_huginn, write_huginn),
 )
 
 
@@ -188,9 +190,10 @@ def retrofitted(module, names, **fixed):
     """Huginn's frame around another model's blocks (arXiv 2511.07384): the file that auto_map names says whose."""
     automap = {"auto_map": {"AutoModelForCausalLM": f"{module}.RavenForCausalLM"}}
     return HUGINN._replace(
-        fixed={**HUGINN.fixed, "rope_pairs": "halves", "loop_exit": "none", **fixed},
+        fixed={**HUGINN.fixed, "loop_exit": "none", **fixed},
         defaults={**HUGINN.defaults, "qk_bias": False, "tie_weights": False},
         names={**HUGINN.names, **{ours: f"{BLOCK}.{theirs}" for ours, theirs in names.items()}},
+        paired=False,
         more=(lambda given: {**read_huginn({"n_embd": 1, **given}), **read_rope(given)},
               lambda config: {**write_huginn(config), **write_rope(config), **automap}),
     )
@@ -213,7 +216,7 @@ PARCAE = Family(
      "attn.c_attn": tuple(f"{BLOCK}.attn.c_{part}" for part in "qkv"), "attn.c_proj": f"{BLOCK}.attn.c_proj",
      "attn.value.gate": f"{BLOCK}.attn.ve_gate", "attn.value.table": "value_embeds.{number}",
      "mlp.c_fc": f"{BLOCK}.mlp.fc", "mlp.c_proj": f"{BLOCK}.mlp.proj"},
-    more=(read_parcae, write_parcae),
+    paired=True, state_first=True, more=(read_parcae, write_parcae),
 )
 OURS = Family({"model_type": "nanorecur"}, {})
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "olmo2": OLMO2, "huginn_raven": HUGINN, "ouro": OURO,
@@ -371,6 +374,8 @@ def assemble(args, family, stored, layers=(), **overrides):
     check_fit(parts, stored, known, changed)
     for part in parts:
         copy(part, stored[part.theirs])
+    for name, tensor in tensors.items():
+        tensors[name] = rearranged(family, config, name, tensor)
     if config.tie_weights:
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     model.load_state_dict(tensors, assign=True)
@@ -379,6 +384,20 @@ def assemble(args, family, stored, layers=(), **overrides):
     if folded:
         pass_through(model)
     return model
+
+
+def rearranged(family, config, name, tensor, out=False):
+    """A tensor with its channels in our order, from a family's, or out again to that."""
+    stem = name.split(".", 3)[-1].rsplit(".", 1)[0]
+    if family.state_first and stem == "inject" and config.input_injection == "inject" and tensor.dim() > 1:
+        return tensor.roll(config.n_embd, -1)
+    if family.paired and stem in ("attn.c_attn", "attn.q_bias", "attn.k_bias"):
+        count = (config.n_head + (config.n_kv_head or config.n_head)) * config.size
+        turning, values = tensor[:count], tensor[count:]
+        shape = (-1, 2, config.size // 2) if out else (-1, config.size // 2, 2)
+        turned = turning.view(*shape, *tensor.shape[1:]).transpose(1, 2).reshape(turning.shape)
+        return torch.cat((turned, values))
+    return tensor
 
 
 def check_size(args, stored):
@@ -591,7 +610,7 @@ def spelt_out(config):
 
 TRAINING = ("dropout", "init", "loop_sampling", "bptt_k", "loop_noise_scale", "max_loops")
 LOOP = ("input_injection", "state_init", "loop_norm", "loop_embedding", "loop_entry", "loop_exit")
-ROPE = ("rope_base", "rope_pairs", "rope_scaling")
+ROPE = ("rope_base", "rope_scaling")
 NEVER = ("residual_share", "n_latent", "max_shift", "label_shift_prob")  # of options that no family but ours has
 
 
@@ -619,6 +638,7 @@ def export(model, folder, tokenizer=None):
     config = model.config if family is OURS else spelt_out(model.config)
     given = {**write_config(family, config), **({"tokenizer": tokenizer} if tokenizer else {})}
     own = untied(config, {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()})
+    own = {name: rearranged(family, config, name, tensor, out=True) for name, tensor in own.items()}
     stored = {}
     for piece in pieces(family, config, own, range(config.n_physical)):
         if piece.shape == tuple(piece.view.shape):

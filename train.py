@@ -42,8 +42,8 @@ from corpus import Stream, open_stream
 from dataset import Split, load_meta, open_split, random_key
 from device import autocast, compile_works, peak_flops, pick_device, pick_dtype
 from exits import exit_evaluation, make_exit
-from model import GPT, GPTConfig, sample_loops, sample_shifts, shift_labels, spectral_clip
-from objectives import GATED, Objective
+from model import GPT, GPTConfig, sample_loops, shift_labels, spectral_clip
+from objectives import GATED, Objective, parameter_groups, sample_shifts
 
 # -----------------------------------------------------------------------------
 # knobs, by default those of GPT-2 (124M) on OpenWebText
@@ -235,7 +235,7 @@ signals, ENDING = checkpoint.listen(), {signal.SIGTERM, signal.SIGINT}
 raw_model.to(device)
 for name, p in raw_model.named_parameters():  # with exit_gate the gate is all that is trained, with others perhaps not
     p.requires_grad_(objective in GATED if name.startswith("exit_gate.") else objective != "exit_gate")
-groups = {kind: [p for p in some if p.requires_grad] for kind, some in raw_model.parameter_groups().items()}
+groups = {kind: [p for p in some if p.requires_grad] for kind, some in parameter_groups(raw_model).items()}
 rest = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": weight_decay_all * weight_decay}
 matrices = {"params": groups["matrices"], "weight_decay": weight_decay}
 adamw = functools.partial(torch.optim.AdamW, lr=learning_rate, betas=(beta1, beta2), fused=True)

@@ -28,6 +28,7 @@ import pretrained
 from configurator import configure
 from dataset import load_meta, open_split, write_dataset
 from model import GPT, GPTConfig
+from objectives import parameter_groups
 
 NUMBERS = itertools.count()
 MEMORY = 2**30  # bytes that may be asked for beyond what the process has
@@ -167,7 +168,7 @@ def files(folder, good):
 
 def moments(good):
     """An optimizer's state whose moments have another shape than the weights."""
-    parts = build(vocab_size=len(CHARS["chars"])).parameter_groups()
+    parts = parameter_groups(build(vocab_size=len(CHARS["chars"])))
     groups = [parts["embeddings"] + parts["vectors"], parts["matrices"]]
     numbers, state = iter(range(10**6)), []
     for group in groups:

@@ -19,6 +19,7 @@ from conftest import Run, build, tokens, train
 import checkpoint
 import figures
 import pretrained
+from exits import exit_distribution
 from model import spectral_clip
 
 SHAPES = {
@@ -139,7 +140,7 @@ def test_the_residual_stream_ends_in_the_models_prediction(model, monkeypatch):
     stream = figures.residual_stream(model, tokens(1), [0, 4])["points"]
     assert len(stream) == model.config.n_effective + 1
     if model.config.loop_exit == "none" and not model.config.predict_ahead and not model.config.stages[-1][1]:
-        logits = model.readout(model.transformer.ln_f(stream[-1][None]), tokens(1)[:, [0, 4]])[0]
+        logits = model.logits(model.transformer.ln_f(stream[-1][None]))
         torch.testing.assert_close(logits, model(tokens(1), tokens(1))[0][:, [0, 4]])
     assert not any(block._forward_hooks for block in model.transformer.h)
 
@@ -176,7 +177,7 @@ def test_the_gates_exits_follow_its_distribution():
     x = tokens(2)
     gate = figures.exit_course(model, x, x, 0, 4)["gate"]
     with torch.no_grad():
-        stop = model.exit_distribution([s for s, _ in figures.readouts(model, x, 0, 4)]).flatten(0, 1).T
+        stop = exit_distribution(model, [s for s, _ in figures.readouts(model, x, 0, 4)]).flatten(0, 1).T
     np.testing.assert_allclose(gate, 1 - stop.cumsum(0), atol=1e-6)
     assert gate[-1] == pytest.approx(0, abs=1e-6) and (figures.exit_depths(gate, 1.1) == 1).all()
 

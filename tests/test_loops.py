@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LOOPED, TINY, build, tokens
 
-from model import GPT, GPTConfig, Where, sample_loops, sample_shifts, shift_labels
+from exits import after_each_loop
+from model import GPT, GPTConfig, Where, sample_loops, shift_labels
+from objectives import hidden_by_row, sample_shifts
 
 PLAIN_LOOP = dict(input_injection="passthrough", loop_norm="none")
 
@@ -211,7 +214,7 @@ def test_loops_representation_is_the_state_after_every_loop():
     x = model.transformer.h[2](states[0][-1], where)
     for i in range(4):
         assert torch.equal(states[1][i], model.transformer.loops[1](x, where, i + 1))
-    logits = model.readout(model.transformer.ln_f(model.transformer.h[4](states[1][-1], where)))[0]
+    logits = model.logits(model.transformer.ln_f(model.transformer.h[4](states[1][-1], where))[:, [-1]])
     assert torch.equal(logits, model(idx, n_loop=(2, 4))[0])
     assert not any(loop.norm._forward_hooks for loop in model.transformer.loops)
 
@@ -274,13 +277,13 @@ ROWS = [dict(), dict(bptt_k=2), dict(input_injection="diagonal", state_init="zer
 def test_each_row_by_its_own_count_is_the_row_alone(options):
     """Logits and gradients: the batch at its own counts = one row after the other."""
     model, idx, counts = build(**options, spread=0.1), tokens(4), torch.tensor([2, 5, 1, 3])
-    together = model(idx, idx, n_loop=counts)
-    together[1].backward()
+    together = model.logits(hidden_by_row(model, idx, [counts]))
+    F.cross_entropy(together.flatten(0, 1), idx.flatten()).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     for row, n in enumerate(counts.tolist()):
         logits, loss = model(idx[[row]], idx[[row]], n_loop=n)
-        torch.testing.assert_close(logits[0], together[0][row], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[0], together[row], atol=1e-5, rtol=1e-5)
         (loss / len(idx)).backward()
     for (name, p), got in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(got, p.grad, atol=1e-6, rtol=1e-4, msg=name)
@@ -290,17 +293,15 @@ def test_rows_cost_the_mean_of_their_counts():
     """Rows that pass through a looped block: their loops, not the batch's most."""
     model, counts, seen = build(), torch.tensor([2, 8, 1, 1]), []
     model.transformer.h[1].register_forward_hook(lambda block, given, x: seen.append(len(x)))
-    model(tokens(4), n_loop=counts)
+    hidden_by_row(model, tokens(4), [counts])
     assert sum(seen) == counts.sum() and max(seen) == 4
 
 
 def test_counts_per_row_and_group():
     model, idx = build(n_layer=5, loop_groups=[[0, 1], [3]], loop_counts=[2, 3], spread=0.1), tokens(3)
-    mixed = model(idx, n_loop=(torch.tensor([1, 4, 2]), 3))[0]
-    for row, n in enumerate([1, 4, 2]):
-        torch.testing.assert_close(mixed[[row]], model(idx[[row]], n_loop=(n, 3))[0], atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="n_loop"):
-        model(idx, n_loop=(torch.tensor([0, 4, 2]), 3))
+    mixed = model.logits(hidden_by_row(model, idx, (torch.tensor([1, 4, 2]), torch.tensor([3, 1, 3]))))
+    for row, counts in enumerate([(1, 3), (4, 1), (2, 3)]):
+        torch.testing.assert_close(mixed[[row], -1:], model(idx[[row]], n_loop=counts)[0], atol=1e-5, rtol=1e-5)
 
 
 # -----------------------------------------------------------------------------
@@ -310,7 +311,7 @@ def test_counts_per_row_and_group():
 @pytest.mark.parametrize("options", [dict(), dict(predict_ahead=True), dict(loop_exit="final_norm"), dict(n_coda=0)], ids=str)
 def test_exits_are_the_hidden_states_at_fewer_loops(options):
     model, idx = build(**options, spread=0.1), tokens()
-    for n, (s, x) in enumerate(model.exits(idx, 5), 1):
+    for n, (s, x) in enumerate(after_each_loop(model, idx, 5), 1):
         torch.testing.assert_close(x, model.hidden(idx, n), atol=1e-6, rtol=1e-5)
         assert s.shape == (2, 9, 32)
     assert n == 5

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, TABLES, GPTConfig, Where, spectral_clip
+from objectives import parameter_groups
 
 
 def nanogpt(weights, idx, n_head):
@@ -285,7 +286,7 @@ def test_flops_are_those_torch_counts(name):
 
 def test_parameter_groups_hold_every_parameter_once():
     model = build(loop_embedding="learned")
-    groups = model.parameter_groups()
+    groups = parameter_groups(model)
     assert sorted(id(p) for group in groups.values() for p in group) == sorted(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in groups["embeddings"]} == {
