@@ -63,6 +63,8 @@ class Cache:
                     for parts in (KEPT[config.attention](block.attn) for block in (stage.blocks if count else [stage]))]
             self.groups.append(Group(len(self.views), numbers, kept))
             self.views += [[part[slot] for part in parts] for slot in numbers for parts in kept]
+        for view in (part for parts in self.views for part in parts) if static else ():
+            torch._dynamo.mark_static_address(view, guard=False)  # CUDA graphs write to no other input
         self.lengths = torch.zeros(batch, dtype=torch.long)  # tokens of each row, on the CPU
         self.ids = like.new_zeros(batch, self.size, dtype=torch.long)
         self.point()
@@ -216,8 +218,8 @@ def pass_loop(loop, s, e, i, where):
 
 @functools.cache
 def compiled(function):
-    """One graph for all blocks, slots and loops; another shape is another one."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    """One graph for all blocks, slots and loops; another shape is another one. On a GPU replayed as a CUDA graph."""
+    return torch.compile(function, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
 
 class Decoder:
@@ -473,6 +475,8 @@ def generate(model, idx, max_new_tokens, *, n_loop=None, lengths=None, temperatu
 
 def one_round(decoder, text, rows, hidden, draft_tokens, draft_loops):
     """Run each row's newest token and drafts behind it. hidden (R, 1, C), also returned: what the newest came from."""
+    if decoder.shapes:
+        torch.compiler.cudagraph_mark_step_begin()  # what compiled passes gave before may be overwritten
     model, cache, token = decoder.model, decoder.cache, text.newest(rows)
     room = min(model.block_size - int(cache.lengths[rows].max()), int((text.ends - text.lengths)[rows].max()))
     count = min(draft_tokens, room - 1)
