@@ -276,7 +276,7 @@ if recompute == "loop":
     for loop in worker.transformer.loops:
         loop.step = functools.partial(recomputed, loop.step, use_reentrant=False)
 places = [device.index] if device.type == "cuda" else None
-model = DDP(scored, places) if ddp else scored
+model = DDP(scored, places, forward_sync_buffers=False, gradient_as_bucket_view=True) if ddp else scored
 iter_num, best_val_loss = (ckpt["iter_num"], ckpt["best_val_loss"]) if resume else (0, math.inf)
 saved_iter, ckpt, averaged = iter_num, None, None  # free their memory
 

@@ -255,6 +255,33 @@ def test_two_processes_are_one(corpus, tmp_path):
         assert a.get("loops") == b.get("loops")
 
 
+def note(calls, bucket):
+    """In place of the all-reduce of one process."""
+    calls.append(bucket.is_last())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def test_processes_average_their_gradients_once_per_step(corpus, tmp_path, monkeypatch):
+    """One process under DDP, of two micro-steps, and the bits of none."""
+    calls = []
+
+    class Counted(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.register_comm_hook(calls, note)
+
+    train(corpus, tmp_path / "alone")
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Counted)
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    run = train(corpus, tmp_path / "out")
+    assert run.code == 0, run.err
+    assert sum(calls) == 8
+    assert_same(checkpoint.load(tmp_path / "out")["model"], checkpoint.load(tmp_path / "alone")["model"])
+
+
 def test_loops_of_a_step_follow_from_seed_and_iteration(corpus, tmp_path):
     for name in ("a", "b"):
         train(
