@@ -463,7 +463,7 @@ def test_wandb_offline(corpus, tmp_path):
 WRONG = {
     "--learning_rte=1": "did you mean 'learning_rate'", "--max_iters=abc": "max_iters='abc'", "--n_embd=30": "n_embd=30",
     "--n_loop=0": "n_loop=0", "--loop_counts=2,3": "loop_counts=", "--loop_groups=[[0,1],[1]]": "loop_groups=",
-    "--dataset=nowhere": "run: python", "--block_size=100000": "block_size=100000", "--vocab_size=10": "beyond vocab_size=10",
+    "--dataset=nowhere": "run: python", "--block_size=100000": "block_size=100000", "--shard": "shard=True: must be False in one process", "--vocab_size=10": "beyond vocab_size=10",
     "--batch_size=0": "batch_size=0", "--optimizer=sgd": "adamw or muon", "--device=tpu": "device='tpu'", "--dtype=float8": "dtype=",
     "--eval_loops=0": "eval_loops", "--init_from=nowhere": "no such checkpoint", "--init_from=resume": "no such checkpoint",
     "--bptt_k=1 --input_injection=passthrough": "no gradient", "--lr_decay_iters=1": "lr_decay_iters", "--backend=mpi": "backend",
