@@ -1,5 +1,6 @@
 """train.py as a user runs it: what it writes, that it can be stopped anywhere, and that its numbers are what they say."""
 
+import ast
 import json
 import math
 import os
@@ -534,3 +535,29 @@ def test_evaluation_with_exit(corpus, tmp_path, rule, threshold):
 def test_a_model_that_no_memory_holds_is_refused_in_a_line(corpus, tmp_path, giant):
     run = train(corpus, tmp_path / "out", giant)
     assert run.code == 2 and run.err.count("\n") == 1 and not (tmp_path / "out").exists(), run.err
+
+
+def started(corpus, out_dir, asked, *arguments, **environment):
+    """A run in a fresh Python, and what an expression is there after it."""
+    script = f"import runpy, sys; runpy.run_path('train.py', run_name='__main__'); print(list({asked}))"
+    command = [sys.executable, "-c", script, f"--dataset={corpus}", f"--out_dir={out_dir}", *TRAIN, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr
+    return ast.literal_eval(run.stdout.splitlines()[-1])
+
+
+def test_a_run_imports_nothing_heavy_that_it_does_not_use(corpus, tmp_path):
+    heavy = {"transformers", "datasets", "huggingface_hub", "tiktoken", "safetensors", "wandb", "matplotlib", "pyarrow", "fsdp",
+             "torch._inductor.compile_fx", "triton"}
+    imported = started(corpus, tmp_path / "out", "sys.modules", "--max_iters=1", "--eval_iters=1")
+    assert "model" in imported and not heavy & set(imported)
+
+
+def test_the_second_start_finds_the_compiled_blocks(corpus, tmp_path):
+    """In inductor's cache on the disk: no block is compiled twice, also for other numbers of loops."""
+    asked = "[__import__('torch')._dynamo.utils.counters['inductor'][n] for n in ('fxgraph_cache_miss', 'fxgraph_cache_hit')]"
+    options = ("--compile", "--eval_only", "--eval_iters=1", "--n_prelude=0", "--n_coda=0")
+    first, second = (started(corpus, tmp_path / f"out{n}", asked, *options, f"--n_loop={n}", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+                     for n in (2, 3))  # fmt: skip
+    assert first[0] > 0 and second == [0, first[0]]
