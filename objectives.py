@@ -12,10 +12,13 @@ Losses after several loops or of several heads are computed in chunks of tokens,
 pass, so that they never exist together. Shapes: N = B * T tokens, n loops.
 """
 
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from exits import after_each_loop, around_the_loop, exit_distribution, kl, rows_of
 from model import shift_labels
@@ -157,7 +160,25 @@ def confidence(self, idx, targets, n_loop, shift):
 
 
 # -----------------------------------------------------------------------------
-# loops, shifts and parameters of a training step
+# loops, shifts, activations and parameters of a training step
+
+ANEW = ("none", "cheap", "block", "loop")
+aten = torch.ops.aten
+DEAR = [  # to compute: matrix products and the kernels of attention
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def compute_anew(model, what):
+    """Which activations of a GPT the backward pass computes anew, to save their memory: those of every block, of every
+    loop, or the cheap ones, which are all but results of matrix products and attention."""
+    keep = {"context_fn": partial(create_selective_checkpoint_contexts, DEAR)} if what == "cheap" else {}
+    for block in model.transformer.h if what in ("cheap", "block") else ():
+        block.forward = partial(recomputed, block.forward, use_reentrant=False, **keep)
+    for loop in model.transformer.loops if what == "loop" else ():
+        loop.step = partial(recomputed, loop.step, use_reentrant=False)
 
 
 def hidden_by_row(model, idx, counts, shift=1):

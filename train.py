@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import checkpoint
@@ -40,10 +39,10 @@ import pretrained
 from configurator import clear_errors, configure
 from corpus import Stream, open_stream
 from dataset import Split, load_meta, open_split, random_key
-from device import autocast, compile_works, peak_flops, pick_device, pick_dtype
+from device import DTYPES, autocast, compile_works, peak_flops, pick_device, pick_dtype
 from exits import exit_evaluation, make_exit
 from model import GPT, GPTConfig, sample_loops, shift_labels, spectral_clip
-from objectives import GATED, Objective, parameter_groups, sample_shifts
+from objectives import ANEW, GATED, Objective, compute_anew, parameter_groups, sample_shifts
 
 # -----------------------------------------------------------------------------
 # knobs, by default those of GPT-2 (124M) on OpenWebText
@@ -110,8 +109,9 @@ loop_warmup = "linear"  # or sqrt: 1 - sqrt(1 - t), slower at first (arXiv 2511.
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype = "auto"  # float32, or bfloat16 for matrix products; auto: bfloat16 on a GPU that has it
 param_dtype = "float32"  # or bfloat16: the model computes with such weights, the optimizer keeps them in float32
+shard = False  # FSDP2: parameters, gradients and moments divided among the processes, where one GPU has no room for all
 compile = True  # compile each block; one compilation serves every number of loops
-recompute = "none"  # activations in the backward pass: of each block, or of each loop, to save memory; or none
+recompute = "none"  # in the backward pass, to save memory: cheap (all but products and attention), block, or loop
 backend = "auto"  # of torchrun's processes: nccl or gloo; auto: nccl on CUDA
 patience = 600  # seconds that processes wait for one that does not answer, be it because it saves
 config, given = configure(globals(), ("model.py", "GPTConfig"))
@@ -144,7 +144,7 @@ with clear_errors():
     require("hold_iters", lr_schedule != "wsd" or warmup_iters <= hold_iters < lr_decay_iters,
             f"from warmup_iters={warmup_iters} to less than lr_decay_iters={lr_decay_iters}")
     require("lr_schedule", lr_schedule in ("cosine", "linear", "wsd", "constant"), "cosine, linear, wsd or constant")
-    require("recompute", recompute in ("none", "block", "loop"), "none, block or loop")
+    require("recompute", recompute in ANEW, ", ".join(ANEW))
     require("ema_decay", 0 <= ema_decay < 1, "at least 0 and less than 1")
     require("spectral_clip_beta", spectral_clip_beta >= 0, "at least 0")
     require("spectral_clip_interval", spectral_clip_interval >= 1, "at least 1")
@@ -156,6 +156,9 @@ with clear_errors():
     require("backend", backend in ("auto", "nccl", "gloo"), "auto, nccl or gloo")
     shared = gradient_accumulation_steps % world_size == 0
     require("gradient_accumulation_steps", shared, f"a multiple of the {world_size} processes")
+    require("shard", not shard or world_size > 1, "False in one process: torchrun starts those that divide the model")
+    require("spectral_clip_beta", not (shard and spectral_clip_beta), "0 with shard: no process has a whole matrix")
+    require("loops_per_row", not (shard and loops_per_row), "False with shard: all processes gather a block together")
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
 
@@ -230,11 +233,22 @@ if ddp:
     store = dist.PrefixStore("restart" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=patience),
                             world_size=world_size, rank=rank, store=store)
+if shard:
+    import fsdp
 signals, ENDING = checkpoint.listen(), {signal.SIGTERM, signal.SIGINT}
 
-raw_model.to(device)
 for name, p in raw_model.named_parameters():  # with exit_gate the gate is all that is trained, with others perhaps not
     p.requires_grad_(objective in GATED if name.startswith("exit_gate.") else objective != "exit_gate")
+health = {"norms": [], "skipped": 0, "in_a_row": 0} | (ckpt.get("health", {}) if resume else {})  # of the gradients
+ema = AveragedModel(raw_model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
+if ema and resume:
+    ema.module.load_state_dict(averaged)
+    ema.n_averaged.fill_(ckpt["iter_num"] - health["skipped"])  # 0 would start the average anew
+for each in (raw_model, ema.module) if ema else (raw_model,):
+    if shard:
+        fsdp.divide(each, device, DTYPES[param_dtype])
+    else:
+        each.to(device)
 groups = {kind: [p for p in some if p.requires_grad] for kind, some in parameter_groups(raw_model).items()}
 rest = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": weight_decay_all * weight_decay}
 matrices = {"params": groups["matrices"], "weight_decay": weight_decay}
@@ -247,13 +261,9 @@ else:
 if resume:
     with clear_errors():
         for name, opt in optimizers.items():
+            if shard:
+                opt.register_load_state_dict_pre_hook(fsdp.divided)
             checkpoint.restore(opt, ckpt["optimizer"][name])
-
-health = {"norms": [], "skipped": 0, "in_a_row": 0} | (ckpt.get("health", {}) if resume else {})  # of the gradients
-ema = AveragedModel(raw_model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
-if ema and resume:
-    ema.module.load_state_dict(averaged)
-    ema.n_averaged.fill_(ckpt["iter_num"] - health["skipped"])  # 0 would start the average anew
 to_clip = {}  # matrices by shape, which are clipped in one batch
 for block in raw_model.transformer.h if spectral_clip_beta else ():
     if spectral_clip_all or any(block in loop.blocks for loop in raw_model.transformer.loops):
@@ -261,7 +271,7 @@ for block in raw_model.transformer.h if spectral_clip_beta else ():
             if isinstance(module, torch.nn.Linear):
                 to_clip.setdefault(module.weight.shape, []).append(module.weight.detach())
 
-if param_dtype == "bfloat16":  # raw_model keeps the weights in float32, a copy of it computes
+if param_dtype == "bfloat16" and not shard:  # raw_model keeps the weights in float32, a copy of it computes
     scored = copy.deepcopy(scored)
     for p in scored.parameters():
         p.data = p.data.bfloat16()
@@ -269,14 +279,13 @@ worker = scored.model
 for each in {raw_model, worker} if compile and compile_works(device) else ():
     for block in each.transformer.h:
         block.compile()  # in place: the loops around the blocks stay Python, so their number never recompiles
-if recompute == "block":
-    for block in worker.transformer.h:
-        block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
-if recompute == "loop":
-    for loop in worker.transformer.loops:
-        loop.step = functools.partial(recomputed, loop.step, use_reentrant=False)
+compute_anew(worker, recompute)
 places = [device.index] if device.type == "cuda" else None
-model = DDP(scored, places) if ddp else scored
+if shard:
+    model, sync_gradients = functools.partial(raw_model.run, scored), raw_model.set_requires_gradient_sync
+else:
+    model = DDP(scored, places, forward_sync_buffers=False, gradient_as_bucket_view=True) if ddp else scored
+    sync_gradients = functools.partial(setattr, model, "require_backward_grad_sync")
 iter_num, best_val_loss = (ckpt["iter_num"], ckpt["best_val_loss"]) if resume else (0, math.inf)
 saved_iter, ckpt, averaged = iter_num, None, None  # free their memory
 
@@ -359,6 +368,11 @@ def gather(mine):
     return {key: value for part in parts for key, value in part.items()}
 
 
+def within(model, function, *arguments):
+    """function(*arguments), which uses parts of model: where they are divided, they are gathered for it."""
+    return model.run(function, *arguments) if shard else function(*arguments)
+
+
 def to_masters():
     """The gradients of the copy that computes, added to those of the weights in float32."""
     for master, p in zip(raw_model.parameters(), worker.parameters(), strict=True):
@@ -439,12 +453,12 @@ def evaluate_details():
     evaluated.eval()
     for _, x, y in batches(splits["val"]) if detailed else ():
         with autocast(device, dtype):
-            add(total, scored(x, y)[1])
+            add(total, within(raw_model, scored, x, y)[1])
     for _, x, y in batches(splits["val"]) if automatic_loop_exit else ():
         rule, count = make_exit(evaluated, exit_rule, automatic_loop_exit_threshold), (y >= 0).sum().item()
         with autocast(device, dtype):
-            means = exit_evaluation(evaluated, x, y, rule) if count else (0.0, 0.0)  # else nothing but filling
-        each = zip(("loss with exit", "loops with exit"), means)
+            means = within(evaluated, exit_evaluation, evaluated, x, y, rule)
+        each = zip(("loss with exit", "loops with exit"), means if count else (0.0, 0.0))  # else nothing but filling
         add(total, {name: torch.tensor([mean * count, count], device=device) for name, mean in each})
     scored.train()
     evaluated.train()
@@ -489,7 +503,7 @@ def watch():
     x, y = to_device(split.windows(starts))
     evaluated.eval()
     with autocast(device, dtype):
-        groups = evaluated.loops_representation(x)
+        groups = within(evaluated, evaluated.loops_representation, x)
         gain = (evaluated(x, y, n_loop=1)[1] - evaluated(x, y)[1]).item()
     evaluated.train()
     report = []
@@ -541,9 +555,9 @@ def log(entry, text):
 
 
 def log_evaluation(rows, parts):
+    report, as_json = watch(), json.dumps(rows) if eval_only else ""
     if not master:
         return
-    report, as_json = watch(), json.dumps(rows) if eval_only else ""
     warnings = [f"warning: {words}\n" for words in warnings_of(report)] if iter_num else []  # before training all agree
     details = f"besides, on val: {in_words(parts)}\n" if parts else ""
     text = f"\nstep {iter_num}\n{table(rows)}\n{details}{''.join(warnings)}{as_json}"
@@ -600,15 +614,17 @@ if wandb_log and master:
 def save():
     """The run as it is before step iter_num; all processes take part."""
     positions = gather(streamed.states) if stream else {}
+    parts = {"model": raw_model.state_dict(keep_vars=shard)}  # by which fsdp knows tied weights
+    if ema:
+        parts = {"model": ema.module.state_dict(keep_vars=shard), "training_model": parts["model"]}
+    parts |= {"optimizer": {name: opt.state_dict() for name, opt in optimizers.items()}}
+    if shard:
+        parts = fsdp.gathered(parts, keep=master)
     if not master:
         return
-    states = {name: opt.state_dict() for name, opt in optimizers.items()}
-    weights = {"model": raw_model.state_dict()}
-    if ema:
-        weights = {"model": ema.module.state_dict(), "training_model": raw_model.state_dict()}
     with clear_errors():
-        checkpoint.save(out_dir, weights | {
-            "format": 1, "optimizer": states, "model_args": model_args, "iter_num": iter_num, "health": health,
+        checkpoint.save(out_dir, parts | {
+            "format": 1, "model_args": model_args, "iter_num": iter_num, "health": health,
             "best_val_loss": best_val_loss, "config": config, "tokenizer": tokenizer, "stream": positions,
         }, keep_last)
 
@@ -649,8 +665,8 @@ while True:
         dist.all_reduce(targets)
     parts = {}
     for micro_step, (x, y, depth, shift) in enumerate(step):
-        # DDP: all-reduce once, and average; bfloat16 gradients are summed outside, in float32
-        model.require_backward_grad_sync = micro_step == micro_steps - 1 or worker is not raw_model
+        # the processes' gradients are averaged once; bfloat16 ones are summed outside, in float32
+        sync_gradients(micro_step == micro_steps - 1 or worker is not raw_model)
         with autocast(device, dtype):
             loss, logged = model(x, y, depth, shift)
         share = loss * world_size / targets
@@ -660,7 +676,8 @@ while True:
             to_masters()
     # all processes have the same gradient. Its norm is all that a step waits for: the device is idle while few kernels
     # are launched, and one NaN in the weights would cost the run
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    norm = (norm.full_tensor() if shard else norm).item()
     if usable(norm):
         for name, opt in optimizers.items():
             for group in opt.param_groups:
@@ -700,7 +717,11 @@ if ddp:
     dist.destroy_process_group()
 if master and not eval_only:
     claim.close()
-if asked in ENDING:
-    if master:
-        print(f"{signal.Signals(asked).name}: {out_dir} holds the run as of step {saved_iter}")
-    sys.exit(128 + asked)
+if asked in ENDING and master:
+    print(f"{signal.Signals(asked).name}: {out_dir} holds the run as of step {saved_iter}")
+code = 128 + asked if asked in ENDING else 0
+if shard:  # torch keeps a divided model's process group in caches that nobody can empty, so Python must not end
+    sys.stdout.flush()
+    os._exit(code)
+if code:
+    sys.exit(code)

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from conftest import build, tokens, train
 from test_train import log, losses, torchrun
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import objectives
-from objectives import Objective
+from objectives import Objective, compute_anew
 
 GATED = dict(exit_gate="state")
 
@@ -30,6 +31,31 @@ def at_every_loop(model, idx, n):
     h, loop = model.transformer.h, model.transformer.loops[0]
     x, where = model.embed(idx)
     return logits, torch.stack(list(loop.states(h[0](x, where), where, n)))
+
+
+@pytest.mark.parametrize("what, products, activations", [("none", 1, 1), ("cheap", 1, 2), ("block", 2, 2), ("loop", 2, 2)])
+def test_what_is_computed_anew(what, products, activations):
+    """Results of looped blocks that a step computes, in passes: matrix products of MLPs, and their activations."""
+    model, seen = build(n_prelude=0, n_coda=0, n_embd=32, n_hidden=48), []
+    with torch.no_grad():
+        want = model(tokens(), tokens())[1].item()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() > 1 and out.size(-1) == 48:
+                seen.append(function.overloadpacket)
+            return out
+
+    compute_anew(model, what)
+    with Watch():
+        loss = model(tokens(), tokens())[1]
+        seen.append("backward")
+        loss.backward()
+    aten, passes = torch.ops.aten, model.config.n_block * model.config.n_loop
+    forward = [name for name in seen if name in (aten.gelu, aten.addmm)]
+    assert forward.count(aten.addmm) == products * passes and forward.count(aten.gelu) == activations * passes
+    assert loss.item() == pytest.approx(want, abs=1e-6)
 
 
 def nll(logits, targets):

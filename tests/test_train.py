@@ -1,5 +1,6 @@
 """train.py as a user runs it: what it writes, that it can be stopped anywhere, and that its numbers are what they say."""
 
+import ast
 import json
 import math
 import os
@@ -255,6 +256,33 @@ def test_two_processes_are_one(corpus, tmp_path):
         assert a.get("loops") == b.get("loops")
 
 
+def note(calls, bucket):
+    """In place of the all-reduce of one process."""
+    calls.append(bucket.is_last())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def test_processes_average_their_gradients_once_per_step(corpus, tmp_path, monkeypatch):
+    """One process under DDP, of two micro-steps, and the bits of none."""
+    calls = []
+
+    class Counted(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.register_comm_hook(calls, note)
+
+    train(corpus, tmp_path / "alone")
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Counted)
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    run = train(corpus, tmp_path / "out")
+    assert run.code == 0, run.err
+    assert sum(calls) == 8
+    assert_same(checkpoint.load(tmp_path / "out")["model"], checkpoint.load(tmp_path / "alone")["model"])
+
+
 def test_loops_of_a_step_follow_from_seed_and_iteration(corpus, tmp_path):
     for name in ("a", "b"):
         train(
@@ -333,7 +361,7 @@ def test_spectral_clipping_every_few_steps(corpus, tmp_path):
     assert tops[3] <= 0.2 * 1.01 < tops[4]
 
 
-@pytest.mark.parametrize("what", ["block", "loop"])
+@pytest.mark.parametrize("what", ["cheap", "block", "loop"])
 def test_recomputed_activations_change_no_number(plain_run, corpus, tmp_path, what):
     train(corpus, tmp_path / "out", f"--recompute={what}", "--eval_loops=1,2,4")
     assert losses(tmp_path / "out") == losses(plain_run[0])
@@ -436,12 +464,12 @@ def test_wandb_offline(corpus, tmp_path):
 WRONG = {
     "--learning_rte=1": "did you mean 'learning_rate'", "--max_iters=abc": "max_iters='abc'", "--n_embd=30": "n_embd=30",
     "--n_loop=0": "n_loop=0", "--loop_counts=2,3": "loop_counts=", "--loop_groups=[[0,1],[1]]": "loop_groups=",
-    "--dataset=nowhere": "run: python", "--block_size=100000": "block_size=100000", "--vocab_size=10": "beyond vocab_size=10",
+    "--dataset=nowhere": "run: python", "--block_size=100000": "block_size=100000", "--shard": "shard=True: must be False in one process", "--vocab_size=10": "beyond vocab_size=10",
     "--batch_size=0": "batch_size=0", "--optimizer=sgd": "adamw or muon", "--device=tpu": "device='tpu'", "--dtype=float8": "dtype=",
     "--eval_loops=0": "eval_loops", "--init_from=nowhere": "no such checkpoint", "--init_from=resume": "no such checkpoint",
     "--bptt_k=1 --input_injection=passthrough": "no gradient", "--lr_decay_iters=1": "lr_decay_iters", "--backend=mpi": "backend",
     "--loop_warmup=cosine": "loop_warmup", "--eval_stride=17": "eval_stride=17",
-    "--lr_schedule=step": "cosine, linear", "--lr_schedule=wsd --hold_iters=8": "hold_iters=8", "--recompute=all": "none, block or loop",
+    "--lr_schedule=step": "cosine, linear", "--lr_schedule=wsd --hold_iters=8": "hold_iters=8", "--recompute=all": "none, cheap, block, loop",
     "--ema_decay=1": "ema_decay=1.0", "--spectral_clip_beta=-1": "spectral_clip_beta", "--spectral_clip_interval=0": "spectral_clip_interval", "nowhere.py": "nowhere.py",
 }  # fmt: skip
 
@@ -507,3 +535,29 @@ def test_evaluation_with_exit(corpus, tmp_path, rule, threshold):
 def test_a_model_that_no_memory_holds_is_refused_in_a_line(corpus, tmp_path, giant):
     run = train(corpus, tmp_path / "out", giant)
     assert run.code == 2 and run.err.count("\n") == 1 and not (tmp_path / "out").exists(), run.err
+
+
+def started(corpus, out_dir, asked, *arguments, **environment):
+    """A run in a fresh Python, and what an expression is there after it."""
+    script = f"import runpy, sys; runpy.run_path('train.py', run_name='__main__'); print(list({asked}))"
+    command = [sys.executable, "-c", script, f"--dataset={corpus}", f"--out_dir={out_dir}", *TRAIN, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr
+    return ast.literal_eval(run.stdout.splitlines()[-1])
+
+
+def test_a_run_imports_nothing_heavy_that_it_does_not_use(corpus, tmp_path):
+    heavy = {"transformers", "datasets", "huggingface_hub", "tiktoken", "safetensors", "wandb", "matplotlib", "pyarrow", "fsdp",
+             "torch._inductor.compile_fx", "triton"}
+    imported = started(corpus, tmp_path / "out", "sys.modules", "--max_iters=1", "--eval_iters=1")
+    assert "model" in imported and not heavy & set(imported)
+
+
+def test_the_second_start_finds_the_compiled_blocks(corpus, tmp_path):
+    """In inductor's cache on the disk: no block is compiled twice, also for other numbers of loops."""
+    asked = "[__import__('torch')._dynamo.utils.counters['inductor'][n] for n in ('fxgraph_cache_miss', 'fxgraph_cache_hit')]"
+    options = ("--compile", "--eval_only", "--eval_iters=1", "--n_prelude=0", "--n_coda=0")
+    first, second = (started(corpus, tmp_path / f"out{n}", asked, *options, f"--n_loop={n}", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+                     for n in (2, 3))  # fmt: skip
+    assert first[0] > 0 and second == [0, first[0]]
