@@ -9,6 +9,10 @@ a whole step of training beside others' of the same shape:
     python bench.py train --peer=../nanoGPT --n_layer=4 --n_embd=128 --n_head=4 --block_size=64 --vocab_size=65
     python bench.py train --peer=../nanoLOOP --norm=rmsnorm --n_prelude=1 --n_block=2 --n_coda=1 --n_loop=4 --bias=False
 
+what a run will take of memory and time on other devices:
+
+    python bench.py plan config/train_gpt2_looped.py --gpu=h100 --n=8
+
 and of decoding, of GPT-2's shape against others' and of a trained looped model with exit and speculation:
 
     python bench.py decode --peer=../nanoGPT --looped=out-shakespeare-char-cpu-looped --dataset=shakespeare_char \
@@ -35,6 +39,7 @@ from pathlib import Path
 
 import torch
 
+import plan
 import pretrained
 from configurator import clear_errors, configure
 from dataset import load_meta, open_split
@@ -49,6 +54,12 @@ loops = ()  # loop counts to time, such as 1,2,4,8; (): the config's own
 rounds = 5  # turns of each count
 steps = 5  # training steps in a turn
 threads = 0  # of the CPU; 0: torch's choice
+# of a plan
+gpu = "h100"  # or another one of device.py, or cpu
+n = 1  # processes, a GPU each
+efficiency = 0.4  # share of the peak that is reached; of a CPU it is measured
+link = 0.0  # GB/s that a GPU sends to others; 0: by the data sheet up to 8, and beyond
+network = 50.0  # this
 # of decoding
 batches = 1, 16  # rows
 prompt = 128  # tokens of each row
@@ -58,7 +69,7 @@ looped = ""  # folder of a trained model, at whose --loops exit and speculation 
 exit_thresholds = 0.05, 0.1, 0.15  # of the relative change of the state
 drafts = (2, 3), (3, 4), (4, 6)  # pairs of draft loops and draft tokens
 write = ""  # a file whose section about this machine is replaced
-command, argv = (sys.argv[1], sys.argv[2:]) if sys.argv[1:2] in (["decode"], ["train"]) else ("train", sys.argv[1:])
+command, *argv = sys.argv[1:] if sys.argv[1:2] in (["train"], ["decode"], ["plan"]) else ("train", *sys.argv[1:])
 config, given = configure(globals(), ("train.py", ""), ("model.py", "GPTConfig"), argv=argv)
 
 
@@ -531,7 +542,8 @@ def prepare():
             raise ValueError(f"{name}={config[name]}: must be at least {least}")
     meta = Path(__file__).parent / "data" / config["dataset"]
     if command != "decode" and "vocab_size" not in given and (meta / "meta.json").exists():
-        config["vocab_size"] = load_meta(meta)["vocab_size"]
+        known = load_meta(meta)["vocab_size"]
+        config["vocab_size"] = known if known < 1024 else -(-known // 64) * 64  # as train.py has it
     if threads:
         torch.set_num_threads(threads)
     device = pick_device(config["device"])
@@ -543,7 +555,9 @@ def prepare():
 if __name__ == "__main__":
     with clear_errors():
         device = prepare()
-        if command == "train" and not peer:
+        if command == "plan":
+            print(plan.report(config))
+        elif command == "train" and not peer:
             measure(device)
         else:
             section = {"train": side_by_side, "decode": decoding}[command](device)

@@ -101,7 +101,7 @@ def attend_in_float32():
     slower on short windows. A kernel of autocast's own, so that it also holds where a checkpoint computes anew."""
     kernels = torch.library.Library("aten", "IMPL", "AutocastCPU")
     with warnings.catch_warnings(action="ignore"):  # of torch: that its own is replaced, as it is meant to be
-        kernels.impl("scaled_dot_product_attention", attention_in_float32, allow_override=True)
+        kernels.impl("scaled_dot_product_attention", attention_in_float32)
     return kernels  # with it they would go
 
 

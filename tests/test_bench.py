@@ -1,5 +1,9 @@
 """bench.py: what it prints of training and decoding, what it times; and device.py."""
 
+import contextlib
+import json
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -8,8 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, Run, build, train
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import plan
 from configurator import read_knobs
 from device import autocast, data_sheet, peak_flops, peak_memory
 from model import sample_loops
@@ -21,7 +28,7 @@ CPU = torch.device("cpu")
 def options(**given):
     """All options of train.py and GPTConfig, of a tiny model unless given."""
     knobs = read_knobs(ROOT / "train.py") | read_knobs(ROOT / "model.py", "GPTConfig")
-    return {name: knob.value for name, knob in knobs.items()} | {**TINY, "n_layer": 2, "batch_size": 2, **given}
+    return {name: knob.value for name, knob in knobs.items()} | {**TINY, "n_layer": 2, "batch_size": 2, "n": 1, **given}
 
 
 def test_bench_measures_every_loop_count():
@@ -226,3 +233,134 @@ def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it():
     assert peak_memory(CPU) > held.nbytes
     child = [sys.executable, "-c", "import torch, device; print(device.peak_memory(torch.device('cpu')))"]
     assert int(subprocess.run(child, cwd=ROOT, capture_output=True, check=True).stdout) < held.nbytes
+
+
+LOOP = dict(n_prelude=1, n_block=2, n_coda=1, n_loop=6)
+PLANNED = {
+    "plain": dict(optimizer="muon", ema_decay=0.9, n_ahead=3), "truncated": dict(**LOOP, bptt_k=2, state_init="noise", dropout=0.1),
+    "block": dict(**LOOP, recompute="block", position="rope", mlp="swiglu", n_kv_head=2, document_separator=3),
+    "loop": dict(**LOOP, recompute="loop", loss_chunk=8), "bfloat16": dict(param_dtype="bfloat16", predict_ahead=True),
+    "exit": dict(**LOOP, objective="exit", exit_gate="state"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case, dtype", [*((case, torch.float32) for case in PLANNED), ("bfloat16", torch.bfloat16)])
+def test_planned_bytes_are_those_of_the_step(monkeypatch, case, dtype):
+    """What lives on tensors without contents is what lives on real ones, but for a norm's statistics in bfloat16."""
+    autocast(CPU, torch.bfloat16)  # its kernel is there from now on, for both
+    planned = plan.memory(options(**PLANNED[case]), None, dtype, gpu=False)
+    monkeypatch.setattr(plan, "FakeTensorMode", contextlib.nullcontext)
+    real = plan.memory(options(**PLANNED[case]), None, dtype, gpu=False)
+    assert planned == (real if dtype == torch.float32 else pytest.approx(real, rel=0.01))
+
+
+RESIDENT = """
+import json, sys, torch, device, plan
+tiny, config = map(json.loads, sys.argv[1:])
+cpu = torch.device("cpu")
+plan.training_step(tiny, cpu, torch.float32)[1]()  # what is loaded once
+before = device.peak_memory(cpu)
+step = plan.training_step(config, cpu, torch.float32, micro_steps=2)[1]
+step(), step()
+print(device.peak_memory(cpu) - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc keeps other parts of what is freed")
+@pytest.mark.parametrize("case", [
+    dict(n_layer=3), dict(n_prelude=1, n_block=1, n_coda=1, n_loop=4, bptt_k=1, batch_size=8), dict(n_layer=8, recompute="block", loss_chunk=256),
+])  # fmt: skip
+def test_planned_memory_is_what_a_process_takes(case):
+    config = options(**{**dict(n_embd=256, block_size=256, batch_size=5, vocab_size=4096, gradient_accumulation_steps=2), **case})
+    planned = sum(plan.memory(config, None, torch.float32, gpu=False).values())
+    child = [sys.executable, "-c", RESIDENT, json.dumps(options()), json.dumps(config)]
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
+    taken = int(subprocess.run(child, cwd=ROOT, env=exact, capture_output=True, check=True).stdout)
+    print(f"planned {planned / 2**20:.0f} MiB, taken {taken / 2**20:.0f} MiB")
+    assert planned > 100 * 2**20 and taken == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_number_types_of_a_plan_are_those_of_cuda(recompute):
+    """Attention in bfloat16, the loss in float32; afterwards autocast on a CPU is as before."""
+
+    def types(gpu):
+        seen = {}
+
+        class Types(plan.Bytes):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                name = str(func).split(".")[1]
+                if name in ("_scaled_dot_product_flash_attention_for_cpu", "_log_softmax"):
+                    seen.setdefault(name, set()).add(args[0].dtype)
+                return super().__torch_dispatch__(func, types, args, kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "Bytes", Types)
+            plan.memory(options(recompute=recompute, dropout=0.1 * gpu), None, torch.bfloat16, gpu)
+        return seen
+
+    attention, loss = "_scaled_dot_product_flash_attention_for_cpu", "_log_softmax"
+    assert types(gpu=True) == {attention: {torch.bfloat16}, loss: {torch.float32}}
+    assert types(gpu=False)[attention] == {torch.float32}
+
+
+def test_planned_memory_of_many_gpus():
+    one, eight = (plan.memory(options(n=n, gradient_accumulation_steps=16), None, torch.float32) for n in (1, 8))
+    assert eight == one | {"all-reduce": one["gradients"]}
+    shared = plan.memory(options(n=8, shard=True), None, torch.float32)
+    assert shared["optimizer"] == one["optimizer"] / 8 and "all-reduce" not in shared
+
+
+@pytest.mark.parametrize("recompute", ["none", "block", "loop"])
+def test_flops_computed_anew(recompute):
+    """Counted by torch; the backward pass leaves out what it can of the last product."""
+    config = options(**LOOP, bptt_k=2, recompute=recompute, gradient_accumulation_steps=1)
+    scored, step = training_step(config, CPU, torch.float32)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    known = scored.flops_per_token() + plan.anew(scored.model, recompute, None)
+    counted = counter.get_total_flops() / (config["batch_size"] * config["block_size"])
+    assert 0.93 * known <= counted <= known and (recompute != "none" or counted == known)
+
+
+def test_planned_time():
+    """Of a step: FLOPs by pace; the all-reduce of the last micro-step, as far as no backward pass hides it."""
+    config = options(n=4, gradient_accumulation_steps=8, efficiency=0.5, link=0.0, network=10.0)
+    scored, gpu = plan.build(config, CPU), data_sheet("H100")
+    took = plan.seconds(config, scored, gpu, 1e12)
+    one = scored.flops_per_token() * 32 / 0.5e12
+    assert took["arithmetic"] == pytest.approx(2 * one)
+    sent = 1.5 * 4 * sum(p.numel() for p in scored.parameters())
+    assert sent / 450e9 < 2 / 3 * one and took["link"] == 0
+    slow = plan.seconds(config | {"link": 1e-3}, scored, gpu, 1e12)
+    assert slow["link"] == pytest.approx(sent / 1e6 - 2 / 3 * one)
+    assert plan.link_of(config | {"n": 16}, gpu) == 10e9
+
+
+def planned(*arguments):
+    run = Run("bench.py", "plan", "--n_embd=64", "--n_head=4", "--n_block=1", "--n_loop=2", "--loop_sampling=uniform", "--max_loops=8",
+              "--vocab_size=512", "--block_size=64", "--gradient_accumulation_steps=8", "--max_iters=1000", *arguments)  # fmt: skip
+    return run
+
+
+def test_a_plan_says_what_limits():
+    run = planned("--gpu=h100", "--n=2")
+    assert run.code == 0, run.err
+    lines = run.out.splitlines()
+    assert lines[1].split()[-2:] == ["2", "8"] and "assumed" in run.out and "What limits is arithmetic" in lines[-1]
+    rate, hours = (float(re.search(words, run.out)[1].replace(",", "")) for words in (r"([\d,]+) tokens/s", r"take ([\d,.]+) hours"))
+    assert hours == pytest.approx(8 * 12 * 64 * 1000 / rate / 3600, abs=0.01)
+    assert "What limits is the link" in planned("--gpu=h100", "--n=2", "--link=1e-6").out
+    full = planned("--gpu=rtx-3080", "--batch_size=30000").out
+    helps = dict(re.findall(r"^  --(\w+)=\w+ +([\d,]+) MiB", full, re.M))
+    assert "What limits is memory" in full and set(helps) == {"recompute", "loss_chunk", "batch_size"}
+    measured = planned("--gpu=cpu", "--device=cpu", "--batch_size=2").out
+    assert "measured here" in measured
+
+
+@pytest.mark.parametrize("option, words", [
+    ("--gpu=k80", "must be cpu or one of"), ("--n=3", "a multiple of the n=3"), ("--efficiency=2", "at most 1"), ("--n=0", "n=0"),
+])  # fmt: skip
+def test_a_plan_of_what_cannot_be(option, words):
+    run = planned(option)
+    assert run.code == 2 and words in run.err and run.err.count("\n") == 1
