@@ -58,8 +58,8 @@ threads = 0  # of the CPU; 0: torch's choice
 gpu = "h100"  # or another one of device.py, or cpu
 n = 1  # processes, a GPU each
 efficiency = 0.4  # share of the peak that is reached; of a CPU it is measured
-link = 0.0  # GB/s that a GPU sends to others; 0: by the data sheet up to 8, and beyond
-network = 50.0  # this
+link = 0.0  # GB/s that a GPU sends to the others; 0: by the data sheet in a node of 8, by network beyond
+network = 50.0  # GB/s
 # of decoding
 batches = 1, 16  # rows
 prompt = 128  # tokens of each row

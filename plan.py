@@ -32,13 +32,19 @@ CPU = torch.device("cpu")
 MIB, GIB = 2**20, 2**30
 USABLE = 0.95  # of a GPU's memory: the rest is the driver's, the libraries' and gaps between tensors
 IN_A_NODE = 8  # GPUs that are joined by link, more of them by the network
+CHOICES = {
+    "optimizer": ("adamw", "muon"), "recompute": ("none", "block", "loop"), "param_dtype": ("float32", "bfloat16"),
+}  # fmt: skip
 
 
 
 # -----------------------------------------------------------------------------
 # a step of train.py
 def build(config, device):
-    """The objective, and the model in it, that train.py makes of its options, in training mode."""
+    """The objective, and the model in it, that train.py makes of its options, in training mode. ValueError as there."""
+    for name, values in CHOICES.items():
+        if config[name] not in values:
+            raise ValueError(f"{name}={config[name]!r}: must be {' or '.join(values)}")
     model = GPT(GPTConfig(**{name: config[name] for name in GPTConfig.__dataclass_fields__}))
     details = ("loss_chunk", "loss_weighting", "entropy_weight", "distill_weight", "ahead_weight")
     scored = Objective(model, config["objective"], *(config[name] for name in details)).train()

@@ -360,6 +360,7 @@ def test_a_plan_says_what_limits():
 
 @pytest.mark.parametrize("option, words", [
     ("--gpu=k80", "must be cpu or one of"), ("--n=3", "a multiple of the n=3"), ("--efficiency=2", "at most 1"), ("--n=0", "n=0"),
+    ("--recompute=all", "none or block or loop"), ("--dtype=float16", "dtype='float16'"),
 ])  # fmt: skip
 def test_a_plan_of_what_cannot_be(option, words):
     run = planned(option)
