@@ -4,6 +4,15 @@ Speed and memory of a training step, at each of several loop counts, on random t
     python bench.py config/quickstart.py --loops=1,2,4,8
     python bench.py config/train_gpt2_looped.py --device=cuda --batch_size=16
 
+a whole step of training beside others' of the same shape:
+
+    python bench.py train --peer=../nanoGPT --n_layer=4 --n_embd=128 --n_head=4 --block_size=64 --vocab_size=65
+    python bench.py train --peer=../nanoLOOP --norm=rmsnorm --n_prelude=1 --n_block=2 --n_coda=1 --n_loop=4 --bias=False
+
+what a run will take of memory and time on other devices:
+
+    python bench.py plan config/train_gpt2_looped.py --gpu=h100 --n=8
+
 and of decoding, of GPT-2's shape against others' and of a trained looped model with exit and speculation:
 
     python bench.py decode --peer=../nanoGPT --looped=out-shakespeare-char-cpu-looped --dataset=shakespeare_char \
@@ -14,7 +23,10 @@ that a busy machine disturbs them alike. On a GPU memory is what tensors took; o
 that does one step at this count took at its peak, the interpreter and torch included.
 """
 
+import contextlib
 import copy
+import functools
+import math
 import multiprocessing
 import os
 import platform
@@ -27,66 +39,73 @@ from pathlib import Path
 
 import torch
 
+import plan
 import pretrained
 from configurator import clear_errors, configure
 from dataset import load_meta, open_split
 from decode import SLOTS, Cache, generate
 from device import autocast, compile_works, pack, peak_flops, peak_memory, pick_device, pick_dtype, synchronize
 from exits import exit_evaluation, make_exit
-from model import GPT, GPTConfig, spectral_clip
-from objectives import parameter_groups
+from model import GPT, GPTConfig, sample_loops, spectral_clip
+from plan import training_step
 
 # -----------------------------------------------------------------------------
 loops = ()  # loop counts to time, such as 1,2,4,8; (): the config's own
 rounds = 5  # turns of each count
 steps = 5  # training steps in a turn
 threads = 0  # of the CPU; 0: torch's choice
+# of a plan
+gpu = "h100"  # or another one of device.py, or cpu
+n = 1  # processes, a GPU each
+efficiency = 0.4  # share of the peak that is reached; of a CPU it is measured
+link = 0.0  # GB/s that a GPU sends to the others; 0: by the data sheet in a node of 8, by network beyond
+network = 50.0  # GB/s
 # of decoding
 batches = 1, 16  # rows
 prompt = 128  # tokens of each row
 new = 128  # and how many are added
-peer = ""  # folder of nanoGPT, to time its generate()
+peaks = False  # of train with a peer: also the memory of each, in processes of their own
+peer = ""  # folder of nanoGPT, to time its generate(); of train: one of nanoGPT or nanoLOOP, or several with commas
 looped = ""  # folder of a trained model, at whose --loops exit and speculation are measured on --dataset
 exit_thresholds = 0.05, 0.1, 0.15  # of the relative change of the state
 drafts = (2, 3), (3, 4), (4, 6)  # pairs of draft loops and draft tokens
 write = ""  # a file whose section about this machine is replaced
-command, argv = (sys.argv[1], sys.argv[2:]) if sys.argv[1:2] == ["decode"] else ("train", sys.argv[1:])
+command, *argv = sys.argv[1:] if sys.argv[1:2] in (["train"], ["decode"], ["plan"]) else ("train", *sys.argv[1:])
 config, given = configure(globals(), ("train.py", ""), ("model.py", "GPTConfig"), argv=argv)
 
 
 # -----------------------------------------------------------------------------
-def training_step(config, vocab_size, device, dtype, compiled):
-    """(model, step): step(n_loop) is one optimizer step of train.py on one micro-batch of random tokens."""
-    torch.manual_seed(config["seed"])
-    args = {name: config[name] for name in GPTConfig.__dataclass_fields__} | {"vocab_size": vocab_size}
-    model = GPT(GPTConfig(**args)).to(device).train()
-    groups = parameter_groups(model)
-    matrices, rest = groups["matrices"], groups["embeddings"] + groups["vectors"]
-    optimizers = [torch.optim.AdamW(rest + matrices * (config["optimizer"] == "adamw"), fused=True)]
-    if config["optimizer"] == "muon":
-        optimizers.append(torch.optim.Muon(matrices))
-    if compiled:
-        for block in model.transformer.h:
-            block.compile()
-    tokens = torch.randint(vocab_size, (config["batch_size"], model.config.block_size + 1), device=device)
-
-    def step(n_loop):
-        with autocast(device, dtype):
-            loss = model(tokens[:, :-1], tokens[:, 1:], n_loop=n_loop)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return model, step
+def peak_alone(*what):
+    """Peak bytes of peak_of, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return fresh.submit(peak_of, *what).result()
 
 
-def resident_peak(config, vocab_size, dtype, n_loop):
-    """Peak bytes of a process of its own that does two steps on the CPU."""
-    training = training_step(config, vocab_size, torch.device("cpu"), dtype, compiled=False)[1]
-    training(n_loop), training(n_loop)
-    return peak_memory(torch.device("cpu"))
+def peak_of(device, dtype, changed, n_loop=None, folder=""):
+    """Peak bytes of this process after two steps of ours, options changed, or of the peer in a folder."""
+    ours = not folder and training_step(config | changed, device, dtype)[1]
+    step = functools.partial(ours, n_loop) if ours else their_step(theirs(folder, device), device, False)
+    step(), step()
+    return peak_memory(device)
+
+
+def in_turns(field, device):
+    """{name: seconds of a step in each round} of {name: step()}, so that a busy machine disturbs all alike."""
+    seconds = {name: [] for name in field}
+    for _ in range(rounds):
+        for name, step in field.items():
+            seconds[name].append(clock(step, device, steps) / steps)
+    return seconds
+
+
+def clock(work, device, times=1):
+    """Seconds that work() takes so many times."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def time_clip(model, device):
@@ -95,14 +114,190 @@ def time_clip(model, device):
     for module in model.transformer.h.modules():
         if isinstance(module, torch.nn.Linear):
             matrices.setdefault(module.weight.shape, []).append(module.weight.detach())
-    for _ in range(4):  # the first one warms up
-        synchronize(device)
-        start = time.perf_counter()
+
+    def clip_all():
         for same in matrices.values():
             spectral_clip(torch.stack(same), config["spectral_clip_beta"])
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+
+    times = [clock(clip_all, device) for _ in range(4)]  # the first one warms up
     return statistics.median(times[1:])
+
+
+# -----------------------------------------------------------------------------
+# training beside others
+def theirs(folder, device):
+    """The model of a nanoGPT or nanoLOOP checkout in the shape of ours. ValueError where it has none such."""
+    file = runpy.run_path(str(Path(folder) / "model.py"))
+    fields = file["GPTConfig"].__dataclass_fields__
+    usual = {name: field.default for name, field in GPTConfig.__dataclass_fields__.items()}
+    looped = "n_loop" in fields  # nanoLOOP's
+    usual["norm"] = "rmsnorm" if looped else "layernorm"
+    allowed = {name: [value] for name, value in usual.items() if name not in fields and name not in NOT_COMPARED}
+    if looped:
+        allowed |= {"n_block": range(1, 1000), "input_injection": ["inject", "passthrough"]}
+    for name, values in allowed.items():
+        if config[name] not in values:
+            one = f"at least {values[0]}" if len(values) > 2 else " or ".join(map(repr, values))
+            raise ValueError(f"{name}={config[name]!r}: must be {one}, all that {folder} has")
+    own = {name: config[name] for name in fields}
+    own |= {"bptt_k": config["bptt_k"] or None} if looped else {}
+    with contextlib.redirect_stdout(sys.stderr):  # it speaks
+        return file["GPT"](file["GPTConfig"](**own)).to(device).train()
+
+
+NOT_COMPARED = ("loop_sampling", "max_loops", "n_layer")  # what a step of fixed depth, or a looped model, does not read
+
+
+def their_step(model, device, compiled):
+    """A step as their train.py makes it: in bfloat16 on CUDA, in float32 elsewhere."""
+    rates = config["weight_decay"], config["learning_rate"], (config["beta1"], config["beta2"])
+    with contextlib.redirect_stdout(sys.stderr):
+        optimizer = model.configure_optimizers(*rates, device.type)
+    run, dtype = torch.compile(model) if compiled else model, THEIR_DTYPE.get(device.type, torch.float32)
+    x, y = torch.randint(config["vocab_size"], (2, config["batch_size"], config["block_size"]), device=device)
+
+    def step():
+        with autocast(device, dtype):
+            loss = run(x, y)[1]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"] or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+THEIR_DTYPE = {"cuda": torch.bfloat16}
+
+
+def trainers(device):
+    """{name: (step(), its dtype where it is ours)}, eager and compiled, and our objective. ValueError where a peer's
+    model has not as many parameters."""
+    like = {**config, "optimizer": "adamw", "objective": "next", "param_dtype": "float32", "ema_decay": 0.0}
+    like |= {"loss_chunk": 0, "recompute": "none"}
+    field, ways = {}, {"": False} | ({", compiled": True} if config["compile"] and compile_works(device) else {})
+    for dtype in (torch.float32, torch.bfloat16):
+        for way, compiled in ways.items():
+            scored, step = training_step(like, device, dtype, compiled)
+            field[f"ours, {str(dtype).removeprefix('torch.')}{way}"] = step, dtype
+    count = sum(p.numel() for p in scored.parameters())
+    folders = peer.split(",")
+    if len({Path(folder).resolve().name for folder in folders}) < len(folders):
+        raise ValueError(f"peer={peer}: must be folders of different names")
+    for folder in folders:
+        for way, compiled in ways.items():
+            model = theirs(folder, device)
+            if count != (other := sum(p.numel() for p in model.parameters())):
+                raise ValueError(f"peer={folder}: its model has {other:,} parameters and ours {count:,}")
+            field[Path(folder).resolve().name + way] = their_step(model, device, compiled), None
+    return field, scored
+
+
+def warmed(field):
+    """Those that run, after two steps; a line about each that does not."""
+    ready = {}
+    for name, (step, dtype) in field.items():
+        try:
+            step(), step()
+            ready[name] = step, dtype
+        except Exception as error:  # a model of others that torch.compile does not take, in many ways
+            print(f"{name} does not run: {type(error).__name__}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
+    return ready
+
+
+def side_by_side(device):
+    """Tables of ours and the peers' training steps, and of sampled depth where ours is looped, in one section."""
+    before, (field, scored) = os.getloadavg()[0], trainers(device)
+    field, shape = warmed(field), scored.model.config
+    seconds = in_turns({name: step for name, (step, _) in field.items()}, device)
+    best = best_ways({name: took for name, took in seconds.items() if field[name][1] is None})
+    rows = [pace(name, seconds, field[name][1], best.values(), scored, device) for name in field]
+    head = ["model", "ms a step", "tokens/s", "GFLOP/s", "MFU", *(f"speed to {name} at its best" for name in best)]
+    what = (f"{sum(p.numel() for p in scored.parameters()):,} parameters each, "
+            f"{scored.flops_per_token() / 1e6:,.2f} MFLOP/token. A step: forward, backward, clip at "
+            f"{config['grad_clip']}, AdamW.")
+    depth = ["### Sampled depth, compiled", sampled_depth(device)] if shape.groups and config["compile"] else []
+    title = f"## Training {in_words(shape)} beside {' and '.join(best)}, {machine(device)}, torch {torch.__version__}"
+    memory = ["### Memory, eager, in a process of its own for each", memory_beside(device)] if peaks else []
+    return "\n\n".join([title, *circumstances(before), what, table(head, rows), *depth, *memory]) + "\n"
+
+
+SAVING = {
+    "": {}, "loss_chunk=256": {"loss_chunk": 256}, "and recompute=cheap": {"loss_chunk": 256, "recompute": "cheap"},
+    "or recompute=block": {"loss_chunk": 256, "recompute": "block"},
+    "and optimizer=muon": {"loss_chunk": 256, "recompute": "block", "optimizer": "muon"},
+}  # fmt: skip
+MALLOC = "MALLOC_MMAP_THRESHOLD_"  # glibc then gives back at once what tensors of this size leave
+
+
+def memory_beside(device):
+    """A table of the peak memory of a peer's steps and of ours, float32 on a CPU, with options that save some."""
+    dtype = THEIR_DTYPE.get(device.type, torch.float32)
+    field = {folder: (device, dtype, {}, None, folder) for folder in peer.split(",")}
+    field |= {f"ours, {name}".strip(", "): (device, dtype, changed) for name, changed in SAVING.items()}
+    found = {name: [peak_alone(*what)] for name, what in field.items()}
+    if device.type == "cpu":
+        os.environ[MALLOC] = str(2**22)
+        found = {name: [*found[name], peak_alone(*what)] for name, what in field.items()}
+        del os.environ[MALLOC]
+    first, head = next(iter(found.values()))[0], ["MiB", f"{MALLOC}={2**22}"]
+    head = [part for title in head[: len(next(iter(found.values())))] for part in (title, "to the first")]
+    return table(["model", *head], [
+        [Path(name).name, *(part for peak in each for part in (f"{peak / 2**20:,.0f}", f"{peak / first:.2f}"))]
+        for name, each in found.items()])
+
+
+def best_ways(seconds):
+    """{peer: the name of its faster way, eager or compiled}."""
+    ways = {}
+    for name in seconds:
+        ways.setdefault(name.removesuffix(", compiled"), []).append(name)
+    return {name: min(each, key=lambda way: statistics.median(seconds[way])) for name, each in ways.items()}
+
+
+def pace(name, seconds, dtype, others, scored, device):
+    """A row on one contestant; the ratios are medians of those of each round. dtype: of ours, for its MFU, else None"""
+    median, tokens = statistics.median(seconds[name]), tokens_of(config)
+    peak, rate = peak_flops(device, dtype) if dtype else None, scored.flops_per_token() * tokens / median
+    ratios = [statistics.median(b / a for a, b in zip(seconds[name], seconds[other])) for other in others]
+    mfu = f"{rate / peak:.1%}" if peak else ""
+    return [name, f"{1e3 * median:.1f}", f"{tokens / median:,.0f}", f"{rate / 1e9:,.1f}", mfu,
+            *(f"{ratio:.2f}" for ratio in ratios)]
+
+
+def tokens_of(config):
+    return config["batch_size"] * config["block_size"]
+
+
+def in_words(shape):
+    """A shape as it stands in a heading."""
+    core = f"{shape.n_prelude} + {shape.n_block}x{shape.n_loop} + {shape.n_coda}" if shape.n_block else shape.n_layer
+    truncated = f", bptt_k {shape.bptt_k}" if shape.bptt_k else ""
+    return (f"{core} blocks of width {shape.n_embd}, {shape.vocab_size:,} ids, {config['batch_size']} x "
+            f"{shape.block_size} tokens{truncated}")
+
+
+def sampled_depth(device):
+    """A table of what a FLOP costs at fixed depth and at depths drawn anew for each step, in turns."""
+    dtype = pick_dtype(config["dtype"], device)
+    scored, step = training_step(config | {"loop_sampling": "poisson"}, device, dtype, compiled=True)
+    shape, generator = scored.model.config, torch.Generator().manual_seed(config["seed"])
+    for n in (1, 2, min(shape.bptt_k + 2, shape.max_loops)):  # loops with and without gradient
+        step(n), step(n)
+    graphs, turns = torch._dynamo.utils.counters["stats"], {"fixed": [], "poisson": []}
+    before = graphs["unique_graphs"]
+    for _ in range(rounds):
+        drawn = [sample_loops(shape, generator) for _ in range(steps)]
+        for name, depths in {"fixed": [shape.counts()] * steps, "poisson": drawn}.items():
+            took = sum(clock(functools.partial(step, depth), device) for depth in depths) / steps
+            work = sum(map(scored.flops_per_token, depths)) * tokens_of(config) / steps
+            turns[name].append((1e3 * took, work / 1e9, 1e3 * took / (work / 1e9)))
+    rows = []
+    for name, each in turns.items():
+        ratio = statistics.median(b[2] / a[2] for a, b in zip(turns["fixed"], each))
+        rows.append([name, *(f"{statistics.median(part):.3f}" for part in zip(*each)), f"{ratio:.3f}"])
+    head = ["depth", "ms a step", "GFLOP a step", "ms per GFLOP", "to fixed"]
+    return f"{table(head, rows)}\n\nGraphs compiled after warm-up: {graphs['unique_graphs'] - before}."
 
 
 # -----------------------------------------------------------------------------
@@ -302,8 +497,6 @@ def table(head, rows):
 
 def decoding(device):
     """What bench.py decode prints, as Markdown: one section."""
-    cpu = f"{torch.get_num_threads()} thread(s) of a CPU ({platform.machine()})"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     what = (f"Width {config['n_embd']}, {config['vocab_size']:,} ids, block_size {config['block_size']}; prompts of "
             f"{prompt}, {new} new tokens. Tokens/s with the prompt, a step without it; weights are counted as often as "
             "they are applied.")
@@ -314,12 +507,23 @@ def decoding(device):
         exits, drafted = looped_measures(device)
         body += [f"### Exit by the change of the state: {Path(looped).name}", exits,
                  "### Self-speculation, the same model", drafted]
-    load = f"Load average {before:.1f} before, {os.getloadavg()[0]:.1f} after; medians of {rounds} rounds in turn."
     rows = " and ".join(map(str, batches))
-    title = f"## {name}, torch {torch.__version__}, {rows} row(s), {prompt} + {new} tokens"
-    head = [title, f"`python bench.py {' '.join(sys.argv[1:])}`", load]
+    title = f"## {machine(device)}, torch {torch.__version__}, {rows} row(s), {prompt} + {new} tokens"
+    head = [title, *circumstances(before)]
     gpu = "Not measured on a GPU: bfloat16 there, the share of its copy bandwidth, compiled steps."
     return "\n\n".join([*head, *([] if device.type == "cuda" else [gpu]), *body]) + "\n"
+
+
+def machine(device):
+    """Its name in a heading."""
+    cpu = f"{torch.get_num_threads()} thread(s) of a CPU ({platform.machine()})"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+
+
+def circumstances(before):
+    """The command, and when and under what load it ran. before: the load average at its start."""
+    load = f"Load average {before:.1f} before, {os.getloadavg()[0]:.1f} after; medians of {rounds} rounds in turn."
+    return f"`python bench.py {' '.join(sys.argv[1:])}`", f"{time.strftime('%Y-%m-%d')}. {load}"
 
 
 def put_section(path, section):
@@ -330,61 +534,20 @@ def put_section(path, section):
     path.write_text("\n## ".join([head, *sections, section[3:]]), "utf-8")
 
 
-if __name__ == "__main__" and command == "decode":
-    with clear_errors():
-        if threads:
-            torch.set_num_threads(threads)
-        section = decoding(pick_device(config["device"]))
-        print(section)
-        if write:
-            put_section(Path(write), section)
-    sys.exit()
-
-if __name__ == "__main__":
-    with clear_errors():
-        for name, least in {"rounds": 1, "steps": 1, "threads": 0, "batch_size": 1}.items():
-            if config[name] < least:
-                raise ValueError(f"{name}={config[name]}: must be at least {least}")
-        device = pick_device(config["device"])
-        dtype = pick_dtype(config["dtype"], device)
-        meta = Path(__file__).parent / "data" / config["dataset"]
-        vocab_size = config["vocab_size"]
-        if "vocab_size" not in given and (meta / "meta.json").exists():
-            vocab_size = load_meta(meta)["vocab_size"]
-        if threads:
-            torch.set_num_threads(threads)
-        compiled = config["compile"] and compile_works(device)
-        model, step = training_step(config, vocab_size, device, dtype, compiled)
-        counts = [model.config.counts(n) for n in loops] or [model.config.counts()]
-
-    tokens = config["batch_size"] * model.config.block_size
-    peak = peak_flops(device, dtype)
-    print(f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {vocab_size}, "
+def measure(device):
+    """A table of training steps at each of the loop counts, printed line by line."""
+    dtype, compiled = pick_dtype(config["dtype"], device), config["compile"] and compile_works(device)
+    scored, step = training_step(config, device, dtype, compiled)
+    model, tokens, peak = scored.model, tokens_of(config), peak_flops(device, dtype)
+    counts = [model.config.counts(n) for n in loops] or [model.config.counts()]
+    print(f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {config['vocab_size']}, "
           f"{config['batch_size']} x {model.config.block_size} tokens a step, {device} in {dtype}, "
           f"{'compiled' if compiled else 'eager'}, torch {torch.__version__}")
-
-    memory, seconds = {}, {count: [] for count in counts}
-    for count in counts:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        step(count), step(count)  # warm-up, and compilation
-        memory[count] = peak_memory(device)
-        if device.type == "cpu":
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-                memory[count] = fresh.submit(resident_peak, config, vocab_size, dtype, count).result()
-    for _ in range(rounds):
-        for count in counts:
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(steps):
-                step(count)
-            synchronize(device)
-            seconds[count].append((time.perf_counter() - start) / steps)
-
+    memory = {count: warm_up(step, count, device, dtype) for count in counts}
+    seconds = in_turns({count: functools.partial(step, count) for count in counts}, device)
     print(f"{'loops':>8}{'ms':>10}{'tokens/s':>12}{'MFLOP/token':>13}{'GFLOP/s':>11}{'MFU':>8}{'peak MiB':>10}")
     for count in counts:
-        median = statistics.median(seconds[count])
-        flops = model.flops_per_token(count)
+        median, flops = statistics.median(seconds[count]), scored.flops_per_token(count)
         rate = flops * tokens / median
         print(f"{','.join(map(str, count)) or '-':>8}{1e3 * median:>10.1f}{tokens / median:>12,.0f}{flops / 1e6:>13.2f}"
               f"{rate / 1e9:>11,.1f}{f'{rate / peak:.1%}' if peak else 'n/a':>8}{memory[count] / 2**20:>10,.0f}")
@@ -393,3 +556,42 @@ if __name__ == "__main__":
         share = seconds / config["spectral_clip_interval"] / config["gradient_accumulation_steps"] / median
         print(f"spectral clipping of every block: {1e3 * seconds:.1f} ms; {share:.1%} of a training step of "
               f"{config['gradient_accumulation_steps']} micro-steps, every {config['spectral_clip_interval']} steps")
+
+
+def warm_up(step, count, device, dtype):
+    """Two steps, with which compilation is over; the peak of memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step(count), step(count)
+    return peak_alone(device, dtype, {}, count) if device.type == "cpu" else peak_memory(device)
+
+
+def prepare():
+    """The device, everything that was asked for checked."""
+    for name, least in {"rounds": 1, "steps": 1, "threads": 0, "batch_size": 1}.items():
+        if config[name] < least:
+            raise ValueError(f"{name}={config[name]}: must be at least {least}")
+    meta = Path(__file__).parent / "data" / config["dataset"]
+    if command != "decode" and "vocab_size" not in given and (meta / "meta.json").exists():
+        known = load_meta(meta)["vocab_size"]
+        config["vocab_size"] = known if known < 1024 else -(-known // 64) * 64  # as train.py has it
+    if threads:
+        torch.set_num_threads(threads)
+    device = pick_device(config["device"])
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in train.py
+    return device
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        device = prepare()
+        if command == "plan":
+            print(plan.report(config))
+        elif command == "train" and not peer:
+            measure(device)
+        else:
+            section = {"train": side_by_side, "decode": decoding}[command](device)
+            print(section)
+            if write:
+                put_section(Path(write), section)
