@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from exits import rows_of
+from exits import GateExit, rows_of
 
 # -----------------------------------------------------------------------------
 # the cache: token t of a row lies in cell t of the slot that belongs to its loop
@@ -236,6 +236,8 @@ class Decoder:
         most, like = max((*model.config.counts(n_loop), 1)), model.lm_head.weight
         self.index = torch.arange(most, device=like.device).split(1)  # of each loop; an int would be compiled in
         self.warm = like.new_zeros(len(cache.lengths), 1, model.config.n_embd) if warm_start else None
+        pooling = isinstance(exit_rule, GateExit) and model.config.exit_gate == "mean_state"
+        self.sums = like.new_zeros(self.n, len(cache.lengths), 1, model.config.n_embd) if pooling else None
 
     def enter(self, idx, rows, seen=None):
         """What enters the loop, its first state, where: of tokens idx (R, T) of rows (R,), seen (R,) before them."""
@@ -290,6 +292,8 @@ class Decoder:
             final.append(s[~going])
             used.append(torch.full_like(gone[-1], i + 1))
             self.cache.select(gone[-1])
+            if self.sums is not None:
+                self.sums[i + 1 :, self.cache.row[:, 0]] += final[-1]
             self.cache.stand_in(self.cache.groups[self.last], i)
             rows = rows[going]
             self.cache.select(rows)
@@ -302,17 +306,31 @@ class Decoder:
 
     def going(self, i, carry, s, where):
         """Which rows (R,) are not done after loop i, and what the rule carries on."""
-        every = torch.ones(len(s), dtype=torch.bool, device=s.device)
+        every, pooled = torch.ones(len(s), dtype=torch.bool, device=s.device), self.pooled(i, s)
         if i + 1 == self.n:
             return ~every, carry
-        done, carry = self.rule.done(carry, s, lambda: self.model.logits(self.leave(s, where)))
+        done, carry = self.rule.done(carry, pooled, lambda: self.model.logits(self.leave(s, where)))
         return every if i + 1 < self.min_loops else ~done[:, 0], carry
+
+    def pooled(self, i, s):
+        """States s (R, 1, C) after loop i, or where the gate asks for it their mean with those of the tokens before,
+        each after as many loops or its last one."""
+        if self.sums is None:
+            return s
+        rows = self.cache.row[:, 0]
+        self.sums[i, rows] += s
+        return self.sums[i, rows] / (self.cache.place + 1).unsqueeze(-1)
 
     def prefill(self, idx, rows, lengths):
         """The last hidden state (R, 1, C) of each of rows (R,), prompts idx (R, T) of lengths (R,), at full depth."""
         e, s, where = self.enter(idx, rows)
-        s = self.loops(range(self.n), s, e, where)
-        hidden, last = self.leave(s, where), (lengths - 1 + self.cache.offset).to(s.device)
+        last = (lengths - 1 + self.cache.offset).to(s.device)
+        real = torch.arange(s.size(1), device=s.device) <= last.unsqueeze(1)  # (R, T)
+        for i in range(self.n):
+            s = self.loops([i], s, e, where)
+            if self.sums is not None:
+                self.sums[i, rows] = (s * real.unsqueeze(-1)).sum(1, keepdim=True)
+        hidden = self.leave(s, where)
         self.cache.advance(lengths)
         row = torch.arange(len(s), device=s.device)
         if self.warm is not None:
@@ -367,6 +385,8 @@ class Decoder:
         """Windows that are full move on by step tokens: what stays in them is computed anew, at its new positions."""
         full, keep = rows[self.cache.lengths[rows] == self.model.block_size], self.model.block_size - step
         self.cache.lengths[full] = 0
+        if self.sums is not None:
+            self.sums[:, full] = 0
         if len(full) and keep:
             place = lengths[full].unsqueeze(1) - 1 - keep + torch.arange(keep)
             self.prefill(tokens[full.unsqueeze(1), place], full, torch.full((len(full),), keep))

@@ -148,8 +148,8 @@ def make_exit(model, rule, threshold):
         raise ValueError(f"automatic_loop_exit_threshold={threshold}: must be from 0 to {most} for exit_rule={rule}")
     if not model.config.groups:
         raise ValueError("automatic_loop_exit: nothing is looped in this model")
-    if rule == "gate" and model.config.exit_gate != "state":
-        raise ValueError(f"exit_rule=gate: needs a model of exit_gate=state, this one has {model.config.exit_gate}")
+    if rule == "gate" and model.config.exit_gate == "none":
+        raise ValueError("exit_rule=gate: needs a model with a gate, exit_gate=state or mean_state")
     return EXITS[rule](threshold, *([model.exit_gate] if rule == "gate" else [])) if threshold else None
 
 

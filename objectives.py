@@ -174,7 +174,7 @@ DEAR = [  # to compute: matrix products and the kernels of attention
 def compute_anew(model, what):
     """Which activations of a GPT the backward pass computes anew, to save their memory: those of every block, of every
     loop, or the cheap ones, which are all but results of matrix products and attention."""
-    torch.set_autocast_cache_enabled(what != "cheap")  # a checkpoint that keeps has to see the same casts in both passes
+    torch.set_autocast_cache_enabled(what != "cheap")  # both passes of what is kept need the same casts
     keep = {"context_fn": partial(create_selective_checkpoint_contexts, DEAR)} if what == "cheap" else {}
     for block in model.transformer.h if what in ("cheap", "block") else ():
         block.forward = partial(recomputed, block.forward, use_reentrant=False, **keep)

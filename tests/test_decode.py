@@ -12,7 +12,7 @@ from conftest import Run, build, tokens, train
 
 from decode import SLOTS, Cache, Decoder, Sampling, generate
 from device import pack
-from exits import EXITS, StateExit, exit_distribution, exit_evaluation, make_exit
+from exits import EXITS, StateExit, after_each_loop, exit_distribution, exit_evaluation, make_exit
 from model import Where
 
 ROPE = dict(position="rope")
@@ -78,7 +78,7 @@ def test_greedy_at_other_depths(n_loop):
 
 RAGGED = torch.tensor([5, 1, 12, 8])
 WAYS = {
-    "plain": {}, "mod": dict(slots="mod", n_slot=2), "warm": dict(warm_start=True), "exit": dict(n_loop=6),
+    "plain": {}, "mod": dict(slots="mod", n_slot=2), "warm": dict(warm_start=True), "exit": dict(n_loop=6), "gate": dict(n_loop=6),
     "drafts": dict(draft_tokens=3, draft_loops=1), "penalty": dict(repetition_penalty=1.3),
 }  # fmt: skip
 
@@ -89,8 +89,9 @@ def test_rows_of_a_batch_are_as_alone(kind, way):
     """Prompts of different lengths, whatever stands in the padding, to beyond the window."""
     if "n_layer" in kind and way not in ("plain", "penalty"):
         pytest.skip("nothing is looped")
-    model, idx = sharp(**kind), ids(4, 12)
-    options = WAYS[way] | (dict(exit_rule=middling(model, idx)) if way == "exit" else {})
+    model, idx = sharp(**kind, **(dict(exit_gate="mean_state") if way == "gate" else {})), ids(4, 12)
+    rule = {"exit": "state", "gate": "gate"}.get(way)
+    options = WAYS[way] | (dict(exit_rule=middling(model, idx, rule)) if rule else {})
     got, stats = generate(model, idx, 16, lengths=RAGGED, temperature=0, **options)
     for row, length in enumerate(RAGGED.tolist()):
         want, alone = generate(model, idx[[row], :length], 16, temperature=0, **options)
@@ -189,7 +190,7 @@ def decoder_behind(model, idx, n_loop, rule=None, least=1, **slots):
     return decoder
 
 
-EXIT_KINDS = [{}, dict(attention="mla", n_latent=24, exit_gate="state", **ROPE), dict(n_kv_head=2, loop_embedding="sinusoidal", exit_gate="state", n_coda=0)]
+EXIT_KINDS = [{}, dict(attention="mla", n_latent=24, exit_gate="state", **ROPE), dict(n_kv_head=2, loop_embedding="sinusoidal", exit_gate="state", n_coda=0), dict(exit_gate="mean_state", n_coda=0, **ROPE)]
 
 
 @pytest.mark.parametrize("kind,rule", [(kind, rule) for kind in EXIT_KINDS for rule in RULES if rule == "state"
@@ -198,6 +199,8 @@ EXIT_KINDS = [{}, dict(attention="mla", n_latent=24, exit_gate="state", **ROPE),
 def test_evaluation_with_exit_is_decoding_with_exit(kind, rule):
     """All tokens at once, where those that are done keep their keys, against one by one, where rows leave the batch."""
     model, idx, logits, used = build(spread=0.2, **kind), ids(5, 12), [], []
+    for p in model.exit_gate.parameters():
+        p *= 5  # a gate that is not sure of itself would not tell states apart
     exit_rule = middling(model, idx, rule)
     decoder = decoder_behind(model, idx[:, :0], 6, exit_rule)
     for token in idx.split(1, dim=1):
@@ -239,6 +242,22 @@ def test_each_rule_stops_where_its_formula_says(rule):
             want = torch.where(done(i), i, want)
         decoder = decoder_behind(model, idx[:, :-1], 8, exit_rule, least)
         assert torch.equal(decoder.step(idx[:, -1:], rows)[1], want[:, 0]) and (least > 1 or len(want.unique()) > 1), want.unique()
+
+
+@torch.no_grad()
+def test_a_gate_on_the_mean_state_counts_the_prompt():
+    """The states of all tokens of each row's prompt after as many loops, and its newest token's, which stop alone."""
+    model, lengths = build(spread=0.2, exit_gate="mean_state", n_coda=0, position="rope"), [3, 6, 5, 1] * 5
+    idx, want = ids(20, 7), []
+    exit_rule = middling(model, idx, "gate", 8)
+    for row, length in enumerate(lengths):
+        states = [s for s, _ in after_each_loop(model, idx[[row], : length + 1], 8)]
+        stopped = exit_distribution(model, states)[0, -1].cumsum(-1) >= exit_rule.threshold
+        want.append(min(8, int((~stopped).sum()) + 1))
+    decoder = Decoder(model, Cache(model, 20, 8), 8, exit_rule)
+    decoder.prefill(idx, torch.arange(20), torch.tensor(lengths))
+    token = idx[torch.arange(20), lengths].unsqueeze(1)
+    assert decoder.step(token, torch.arange(20))[1].tolist() == want and len(set(want)) > 1
 
 
 @pytest.mark.parametrize("slots", SLOTS)
@@ -443,7 +462,7 @@ def test_wrong_requests(words, options):
 
 @pytest.mark.parametrize("rule,threshold,kind,words", [
     ("gate", 0.5, {}, "exit_gate"), ("gate", 1.5, dict(exit_gate="state"), "threshold=1.5"), ("kl", -1, {}, "threshold"), ("state", float("nan"), {}, "threshold"),
-    ("loss", 1, {}, "exit_rule"), ("kl", 1, dict(n_layer=2), "looped"), ("gate", 0.5, dict(exit_gate="mean_state"), "exit_gate"),
+    ("loss", 1, {}, "exit_rule"), ("kl", 1, dict(n_layer=2), "looped"),
 ])  # fmt: skip
 def test_wrong_exits(rule, threshold, kind, words):
     with pytest.raises(ValueError, match=words):
