@@ -528,7 +528,8 @@ def circumstances(before):
 
 def put_section(path, section):
     """Replace the section of a Markdown file with the same heading, or add it."""
-    text = path.read_text("utf-8") if path.exists() else "# Benchmarks\n\nWritten by bench.py.\n\n"
+    empty = "# Benchmarks\n\nWritten by bench.py, a section for each machine and shape.\n\n"
+    text = path.read_text("utf-8") if path.exists() else empty
     head, *sections = text.split("\n## ")
     sections = [part for part in sections if part.split("\n")[0] != section[3:].split("\n")[0]]
     path.write_text("\n## ".join([head, *sections, section[3:]]), "utf-8")
