@@ -51,6 +51,8 @@ def main():
     configure(globals())
     random.seed(seed)
     wanted, table = rows.split(",") if rows else list(ROWS), []
+    if not set(wanted) <= set(ROWS):
+        sys.exit(f"rows={rows}: must be of {', '.join(ROWS)}")
     with tempfile.TemporaryDirectory() as folder:
         place = Place(folder)
         for name in wanted:
