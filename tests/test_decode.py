@@ -260,6 +260,16 @@ def test_a_gate_on_the_mean_state_counts_the_prompt():
     assert decoder.step(token, torch.arange(20))[1].tolist() == want and len(set(want)) > 1
 
 
+@torch.no_grad()
+def test_a_gate_on_the_mean_state_forgets_what_left_the_window():
+    """A window of one token: each stops by its own state."""
+    model, idx = build(block_size=1, exit_gate="mean_state", spread=0.3, tie_weights=False, position="none"), tokens(12, 1)
+    rule = middling(model, idx, "gate", 8)
+    got, stats = generate(model, idx, 4, n_loop=8, temperature=0, exit_rule=rule)
+    alone = [[exit_evaluation(model, token.view(1, 1), token.view(1, 1), rule, 8)[1] for token in row] for row in got[:, 1:-1]]
+    assert stats["loops_used"][:, 1:].tolist() == alone and len(stats["loops_used"].unique()) > 2
+
+
 @pytest.mark.parametrize("slots", SLOTS)
 @pytest.mark.parametrize("rule", EXITS)
 def test_threshold_0_is_fixed_depth(rule, slots):
