@@ -185,18 +185,21 @@ def memory(config, n_loop, dtype, gpu=True):
     gradients = sum(p.nbytes for p in trained)
     parts = {"weights": weights, "optimizer": lasting - weights, "gradients": gradients,
              "activations": counted.peak - lasting - gradients}
-    if config.get("shard") and config["n"] > 1:
-        return parts | shares(parts, scored, config["n"])
-    if config["n"] > 1:
+    if config["shard"] and config["n"] > 1:
+        return parts | shares(parts, scored, config["n"], micro_steps)
+    if config["n"] > 1 and (micro_steps == 1 or config["param_dtype"] == "bfloat16"):
+        # DDP's buckets are the gradients, which therefore live in the forward pass too, as with a second micro-step
         parts["all-reduce"] = sum(p.numel() for p in trained) * bytes_sent(config)
     return parts
 
 
-def shares(parts, scored, n):
-    """Of each of n GPUs that share what lasts; of two blocks at a time, and of all around them, each has the whole."""
+def shares(parts, scored, n, micro_steps):
+    """Of each of n GPUs that share what lasts; of two blocks at a time, and of all around them, each has the whole, and
+    of the gradients where it sums up those of several micro-steps."""
     whole = sum(p.nbytes for p in scored.parameters())
     blocks = [sum(p.nbytes for p in block.parameters()) for block in scored.model.transformer.h]
-    held = {name: parts[name] / n for name in ("weights", "optimizer", "gradients")}
+    held = {name: parts[name] / n for name in ("weights", "optimizer")}
+    held["gradients"] = parts["gradients"] / (n if micro_steps == 1 else 1)
     return held | {"gathered": 2 * (whole - sum(blocks) + 2 * max(blocks))}
 
 
@@ -230,12 +233,29 @@ def seconds(config, scored, gpu, peak):
     n, model, depths = config["n"], scored.model, depths_of(config, scored.model.config)
     flops = [scored.flops_per_token(depth) + anew(model, config["recompute"], depth) for depth in depths]
     micro_steps, tokens = config["gradient_accumulation_steps"] // n, config["batch_size"] * config["block_size"]
+    speed = link_of(config, gpu)
     one = sum(flops) / len(flops) * tokens / (peak * config["efficiency"])
     sent = 2 * (n - 1) / n * sum(p.numel() for p in scored.parameters() if p.requires_grad) * bytes_sent(config)
     times, hidden = 1 if config["param_dtype"] == "float32" else micro_steps, 2 / 3 * one  # behind the backward pass
-    if config.get("shard"):  # weights come for both passes and gradients go, in every micro-step
-        sent, times, hidden = 1.5 * sent, micro_steps, one
-    return {"arithmetic": micro_steps * one, "link": times * max(0.0, sent / link_of(config, gpu) - hidden)}
+    waits = times * max(0.0, sent / speed - hidden)
+    if config["shard"]:  # weights come in every micro-step, and gradients go, in float32, in the last
+        come, go = ((n - 1) / n * sum(each) / len(flops) / speed for each in zip(*(traffic(model, d) for d in depths)))
+        come *= bytes_sent(config)
+        waits = (micro_steps - 1) * max(0.0, come - one) + max(0.0, come + 4 * go - one)
+    return {"arithmetic": micro_steps * one, "link": waits}
+
+
+def traffic(model, n_loop):
+    """Parameters that a divided model gathers in one pass forward and backward, and those whose gradients it sends: of
+    a block at each call."""
+    def size(part):
+        return sum(p.numel() for p in part.parameters())
+
+    forward = backward = size(model) - size(model.transformer.h)
+    for stage, count in model.schedule(n_loop):
+        n, blocks = sum(count) or 1, sum(map(size, stage.blocks if count else (stage,)))
+        forward, backward = forward + n * blocks, backward + min(n, model.config.bptt_k or n) * blocks
+    return forward + backward, backward
 
 
 def link_of(config, gpu):
@@ -285,7 +305,7 @@ def helps(config, n_loop, dtype, on_gpu):
     other = [("recompute", "cheap"), ("recompute", "block"), ("loss_chunk", 2048)]
     other += [("batch_size", config["batch_size"] // 2 or 1)]
     other += [("recompute", "loop")] if config["n_block"] or config["loop_groups"] else []
-    other += [("shard", True)] if "shard" in config and config["n"] > 1 else []
+    other += [("shard", True)] if config["n"] > 1 and not config["shard"] else []
     sizes = {f"--{name}={value}": sum(memory(config | {name: value}, n_loop, dtype, on_gpu).values())
              for name, value in other if config[name] != value}
     return dict(sorted(sizes.items(), key=lambda item: item[1]))

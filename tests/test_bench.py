@@ -319,9 +319,22 @@ def test_number_types_of_a_plan_are_those_of_cuda(recompute):
 
 def test_planned_memory_of_many_gpus():
     one, eight = (plan.memory(options(n=n, gradient_accumulation_steps=16), None, torch.float32) for n in (1, 8))
-    assert eight == one | {"all-reduce": one["gradients"]}
-    shared = plan.memory(options(n=8, shard=True), None, torch.float32)
-    assert shared["optimizer"] == one["optimizer"] / 8 and "all-reduce" not in shared
+    assert eight == one  # the buckets are the gradients, which the second micro-step finds there
+    alone, eight = (plan.memory(options(n=n, gradient_accumulation_steps=n), None, torch.float32) for n in (1, 8))
+    assert eight == alone | {"all-reduce": one["gradients"]}
+    for micro_steps in (1, 2):
+        shared = plan.memory(options(n=8, gradient_accumulation_steps=8 * micro_steps, shard=True), None, torch.float32)
+        assert shared["optimizer"] == one["optimizer"] / 8 and "all-reduce" not in shared
+        assert shared["gradients"] == one["gradients"] / (8 if micro_steps == 1 else 1)
+
+
+def test_what_a_divided_model_sends():
+    """Blocks of the loop at each call: four loops forward, the last two backward, a block before and one after."""
+    model = build(n_loop=4, bptt_k=2)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer.h]
+    rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
+    backward = rest + blocks[0] + 2 * blocks[1] + 2 * blocks[2] + blocks[3]
+    assert plan.traffic(model, None) == (2 * backward + 2 * blocks[1] + 2 * blocks[2], backward)
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block", "loop"])
