@@ -98,22 +98,42 @@ def open_run(source, name):
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError(f"{source}: the weights are not all finite numbers")
     named = ckpt.get("tokenizer") or pretrained.tokenizer_of(source)
-    split, meta, why = validation(dataset or ckpt.get("config", {}).get("dataset"), named, model.config)
-    if not (named or meta) and not 50257 <= model.config.vocab_size <= 50304:  # else GPT-2's, maybe padded
-        raise ValueError(f"{source}: names no tokenizer, and {model.config.vocab_size} ids are not GPT-2's 50,257")
+    split, meta, why = validation(
+        dataset or ckpt.get("config", {}).get("dataset"), named, model.config
+    )
+    if (
+        not (named or meta) and not 50257 <= model.config.vocab_size <= 50304
+    ):  # else GPT-2's, maybe padded
+        raise ValueError(
+            f"{source}: names no tokenizer, and {model.config.vocab_size} ids are not GPT-2's 50,257"
+        )
     tokenizer = make_tokenizer(named or meta or {"tokenizer": "gpt2"})
     if not start and split is None:
         raise ValueError(f"{source}: {why}; give --start some text to look at")
-    ids = tokenizer.encode(text_of(start)) if start else split.tokens[: min(length, model.block_size)].tolist()
+    ids = (
+        tokenizer.encode(text_of(start))
+        if start
+        else split.tokens[: min(length, model.block_size)].tolist()
+    )
     ids = check_text(ids * repeats, model)
     earlier = previous(Path(source), ckpt)
 
     def shown(i):  # what is beyond the tokenizer is padding
         return visible(tokenizer.decode([i])) if i < tokenizer.vocab_size else ""
 
-    return Run(name, model, read_log(Path(source)), ckpt.get("iter_num"), earlier, split, why,
-               torch.tensor([ids], device=device), [shown(i) for i in ids], shown,
-               min(tokenizer.vocab_size, model.config.vocab_size))
+    return Run(
+        name,
+        model,
+        read_log(Path(source)),
+        ckpt.get("iter_num"),
+        earlier,
+        split,
+        why,
+        torch.tensor([ids], device=device),
+        [shown(i) for i in ids],
+        shown,
+        min(tokenizer.vocab_size, model.config.vocab_size),
+    )
 
 
 def validation(name, named, config):
@@ -142,11 +162,15 @@ def text_of(text):
 
 def check_text(ids, model):
     if len(ids) < 4:
-        raise ValueError(f"the text has {len(ids)} tokens: the pictures need at least 4, give --start more")
+        raise ValueError(
+            f"the text has {len(ids)} tokens: the pictures need at least 4, give --start more"
+        )
     if len(ids) > model.block_size:
         raise ValueError(f"the text has {len(ids)} tokens, more than block_size={model.block_size}")
     if not all(type(i) is int and -len(ids) <= i < len(ids) for i in tokens):
-        raise ValueError(f"tokens={tokens}: must be from {-len(ids)} to {len(ids) - 1}, places in the text")
+        raise ValueError(
+            f"tokens={tokens}: must be from {-len(ids)} to {len(ids) - 1}, places in the text"
+        )
     n_passes = len(figures.passes(model.config))
     if not all(type(i) is int and 0 <= i < n_passes for i in maps):
         raise ValueError(f"maps={maps}: must be from 0 to {n_passes - 1}, passes through a block")
@@ -159,7 +183,11 @@ def previous(source, ckpt):
         before = checkpoint.read(source / checkpoint.PREVIOUS)
     except ValueError:
         return None
-    return (pretrained.build(before), before["iter_num"]) if before["iter_num"] != ckpt["iter_num"] else None
+    return (
+        (pretrained.build(before), before["iter_num"])
+        if before["iter_num"] != ckpt["iter_num"]
+        else None
+    )
 
 
 def read_log(folder):
@@ -183,8 +211,15 @@ def visible(text):
 with clear_errors():
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the pictures need matplotlib; run: pip install matplotlib")
-    check_ranges(globals(), {"windows": range(1, 10**6), "length": range(4, 10**6), "repeats": range(1, 10**3),
-                             "n_loop": range(10**4)})
+    check_ranges(
+        globals(),
+        {
+            "windows": range(1, 10**6),
+            "length": range(4, 10**6),
+            "repeats": range(1, 10**3),
+            "n_loop": range(10**4),
+        },
+    )
     if exit_rule not in figures.THRESHOLDS:
         raise ValueError(f"exit_rule={exit_rule!r}: must be one of {', '.join(figures.THRESHOLDS)}")
     if exit_threshold < 0:
@@ -206,8 +241,12 @@ with clear_errors():
             name, n = run.name + f", group {group}" * (len(trained) > 1), n_loop or int(most)
             parts[name] = Part(run, group, n, *figures.look(run.model, run.idx, group, n))
             if not parts[name].states.isfinite().all():
-                raise ValueError(f"{name}: the states of {n} loops are not finite, try a smaller --n_loop")
-    if exit_rule == "gate" and any(part.run.model.config.exit_gate == "none" for part in parts.values()):
+                raise ValueError(
+                    f"{name}: the states of {n} loops are not finite, try a smaller --n_loop"
+                )
+    if exit_rule == "gate" and any(
+        part.run.model.config.exit_gate == "none" for part in parts.values()
+    ):
         raise ValueError("exit_rule=gate: must be another one for a model without exit_gate")
 
 # -----------------------------------------------------------------------------
@@ -232,7 +271,10 @@ def picture(name, caption, figure, data):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     (folder / f"{name}.png").write_bytes(buffer.getvalue())
-    np.savez(folder / f"{name}.npz", **{f"{run}:{key}": array for run, d in data.items() for key, array in d.items()})
+    np.savez(
+        folder / f"{name}.npz",
+        **{f"{run}:{key}": array for run, d in data.items() for key, array in d.items()},
+    )
     block = add(body, "figure")
     encoded = base64.b64encode(buffer.getvalue()).decode()
     add(block, "img", src=f"data:image/png;base64,{encoded}", alt=caption)
@@ -275,13 +317,39 @@ add(body, "h1", title)
 rows = []
 for run in runs:
     config = run.model.config
-    groups = "; ".join(f"{', '.join(map(str, blocks))} x {n}" for blocks, n in zip(config.groups, config.counts()))
-    rows.append((run.name, f"{run.model.get_num_params() / 1e6:.2f}M", str(config.n_physical), groups or "none",
-                 str(config.n_effective), config.attention, "unknown" if run.steps is None else f"{run.steps:,}"))
-table(("run", "parameters", "blocks", "looped blocks x loops", "passes", "attention", "training steps"), rows)
+    groups = "; ".join(
+        f"{', '.join(map(str, blocks))} x {n}" for blocks, n in zip(config.groups, config.counts())
+    )
+    rows.append(
+        (
+            run.name,
+            f"{run.model.get_num_params() / 1e6:.2f}M",
+            str(config.n_physical),
+            groups or "none",
+            str(config.n_effective),
+            config.attention,
+            "unknown" if run.steps is None else f"{run.steps:,}",
+        )
+    )
+table(
+    (
+        "run",
+        "parameters",
+        "blocks",
+        "looped blocks x loops",
+        "passes",
+        "attention",
+        "training steps",
+    ),
+    rows,
+)
 for run in runs:
     if not run.model.config.groups:
-        left_out("the depth sweep, states over loops, exits, spectra and lens", run.name, "nothing in it is looped")
+        left_out(
+            "the depth sweep, states over loops, exits, spectra and lens",
+            run.name,
+            "nothing in it is looped",
+        )
 
 # -----------------------------------------------------------------------------
 # training curves
@@ -302,7 +370,9 @@ sweeps, scored = {}, {}
 for run in runs:
     if run.split is not None:
         starts = run.split.spread(min(windows, run.split.n_windows))
-        scored[run.name] = x, y = [torch.from_numpy(array).to(device) for array in run.split.windows(starts)]
+        scored[run.name] = x, y = [
+            torch.from_numpy(array).to(device) for array in run.split.windows(starts)
+        ]
     if run.model.config.groups and run.split is None:
         left_out("losses at each depth and of early exits", run.name, run.why)
     elif run.model.config.groups:
@@ -310,11 +380,22 @@ for run in runs:
         per_byte = run.split.n_tokens / run.split.n_bytes
         sweeps[run.name] = figures.depth_sweep(run.model, x, y, tried, per_byte)
 if sweeps:
-    caption = ("Validation at one to four times the configured depth (star). Wide and pale: where nine in ten draws of "
-               "training lie.")
+    caption = (
+        "Validation at one to four times the configured depth (star). Wide and pale: where nine in ten draws of "
+        "training lie."
+    )
     picture("sweep", caption, figures.draw_sweep(sweeps), sweeps)
-    rows = [(name, str(n), f"{data['loss'][i]:.4f}", f"{data['bits_per_byte'][i]:.4f}", f"{data['accuracy'][i]:.2%}")
-            for name, data in sweeps.items() for i, n in enumerate(data["loops"])]
+    rows = [
+        (
+            name,
+            str(n),
+            f"{data['loss'][i]:.4f}",
+            f"{data['bits_per_byte'][i]:.4f}",
+            f"{data['accuracy'][i]:.2%}",
+        )
+        for name, data in sweeps.items()
+        for i, n in enumerate(data["loops"])
+    ]
     table(("run", "loops", "loss (nats/token)", "bits/byte", "accuracy"), rows)
 
 # -----------------------------------------------------------------------------
@@ -322,16 +403,22 @@ if sweeps:
 if parts:
     add(body, "h2", "States over loops")
     measured = {name: figures.state_measures(part.states) for name, part in parts.items()}
-    caption = "How far a loop moves the state of a token, how far that is from the last one, its norm, and how alike " \
-              "tokens are. Lines: mean over the tokens of the text; bands: eight in ten of them."
+    caption = (
+        "How far a loop moves the state of a token, how far that is from the last one, its norm, and how alike "
+        "tokens are. Lines: mean over the tokens of the text; bands: eight in ten of them."
+    )
     picture("states", caption, figures.draw_states(measured), measured)
     paths, texts = {}, {}
     for name, part in parts.items():
         T = len(part.run.texts)
-        chosen, texts[name] = places(part.run, np.linspace(0, T - 1, min(6, T)).astype(int).tolist())
+        chosen, texts[name] = places(
+            part.run, np.linspace(0, T - 1, min(6, T)).astype(int).tolist()
+        )
         paths[name] = figures.trajectories(part.states, chosen)
-    caption = "The states of some tokens from loop to loop, in the two directions in which they differ most; the " \
-              "last is large."
+    caption = (
+        "The states of some tokens from loop to loop, in the two directions in which they differ most; the "
+        "last is large."
+    )
     picture("trajectories", caption, figures.draw_trajectories(paths, texts), paths)
 
 add(body, "h2", "Residual stream")
@@ -339,40 +426,81 @@ paths, texts = {}, {}
 for run in runs:
     chosen, texts[run.name] = places(run, list(range(len(run.texts))))
     paths[run.name] = figures.residual_stream(run.model, run.idx, chosen)
-caption = "The residual stream of each token from the embedding (dark) to the last pass of a block (light), in the " \
-          "two directions in which it differs most."
+caption = (
+    "The residual stream of each token from the embedding (dark) to the last pass of a block (light), in the "
+    "two directions in which it differs most."
+)
 picture("residual", caption, figures.draw_residual(paths, texts), paths)
 
 # -----------------------------------------------------------------------------
 # how many loops a token needs
 if parts:
     add(body, "h2", "Loops a token needs")
-    add(body, "p", "A token stops after the first loop that changes little any more. This is measured on full forward "
-                   "passes: what is read out after a loop has seen all tokens stop there.")
+    add(
+        body,
+        "p",
+        "A token stops after the first loop that changes little any more. This is measured on full forward "
+        "passes: what is read out after a loop has seen all tokens stop there.",
+    )
 for number, (name, (run, group, n, *_)) in enumerate(parts.items()):
     course = figures.exit_course(run.model, run.idx, run.idx, group, n)
     depths = figures.exit_depths(course[exit_rule], exit_threshold)
-    add(body, "h3", f"{name}: the text by the loops of each token, {exit_rule} below {exit_threshold:g}")
+    add(
+        body,
+        "h3",
+        f"{name}: the text by the loops of each token, {exit_rule} below {exit_threshold:g}",
+    )
     low, high = depths.min(), depths.max()
     key = [(f"{depth} loops", depth) for depth in range(low, high + 1)]
     for kind, spans in ("key", key), ("text", zip(run.texts, depths)):
         line = add(body, "p", **{"class": kind})
         for text, depth in spans:
-            add(line, "span", text, style=colours((depth - low) / max(1, high - low)), title=f"{depth} loops")
+            add(
+                line,
+                "span",
+                text,
+                style=colours((depth - low) / max(1, high - low)),
+                title=f"{depth} loops",
+            )
     with open(folder / f"exits_{number}.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("token", "text", "loops"), *zip(range(len(depths)), run.texts, depths)])
-found = {name: figures.exits(figures.exit_course(run.model, *scored[run.name], group, n))
-         for name, (run, group, n, *_) in parts.items() if run.name in scored}
+        csv.writer(file).writerows(
+            [("token", "text", "loops"), *zip(range(len(depths)), run.texts, depths)]
+        )
+found = {
+    name: figures.exits(figures.exit_course(run.model, *scored[run.name], group, n))
+    for name, (run, group, n, *_) in parts.items()
+    if run.name in scored
+}
 if found:
-    caption = "Share of validation's tokens that stop after so many loops, by criterion and threshold."
+    caption = (
+        "Share of validation's tokens that stop after so many loops, by criterion and threshold."
+    )
     picture("exits", caption, figures.draw_exits(found), found)
-    caption = "What stopping early costs: loss against mean loops, over the thresholds of each criterion, and with " \
-              "the same loops for all tokens."
+    caption = (
+        "What stopping early costs: loss against mean loops, over the thresholds of each criterion, and with "
+        "the same loops for all tokens."
+    )
     picture("pareto", caption, figures.draw_pareto(found), found)
-    rows = [(name, rule, f"{t:.2g}", f"{loops:.2f}", f"{loss:.4f}", f"{loss - data['fixed loss'][-1]:+.4f}")
-            for name, data in found.items() for rule in figures.THRESHOLDS if f"{rule} loss" in data
-            for t, loops, loss in zip(*(data[f"{rule} {what}"] for what in ("threshold", "loops", "loss")))]
-    table(("run", "criterion", "threshold", "mean loops", "loss (nats/token)", "against all loops"), rows)
+    rows = [
+        (
+            name,
+            rule,
+            f"{t:.2g}",
+            f"{loops:.2f}",
+            f"{loss:.4f}",
+            f"{loss - data['fixed loss'][-1]:+.4f}",
+        )
+        for name, data in found.items()
+        for rule in figures.THRESHOLDS
+        if f"{rule} loss" in data
+        for t, loops, loss in zip(
+            *(data[f"{rule} {what}"] for what in ("threshold", "loops", "loss"))
+        )
+    ]
+    table(
+        ("run", "criterion", "threshold", "mean loops", "loss (nats/token)", "against all loops"),
+        rows,
+    )
 
 # -----------------------------------------------------------------------------
 # attention
@@ -380,16 +508,25 @@ add(body, "h2", "Attention")
 attended = {}
 for run in runs:
     x = scored[run.name][0][:8, :256] if run.name in scored else run.idx
-    attended[run.name] = figures.attention(run.model, x, run.n_ids, min(64, run.model.block_size // 2))
-caption = "Every head of every pass through a block: how far back it looks, how spread out, how much at the first " \
-          "token, and how much at what followed the same token before (induction, on random tokens twice in a row)."
+    attended[run.name] = figures.attention(
+        run.model, x, run.n_ids, min(64, run.model.block_size // 2)
+    )
+caption = (
+    "Every head of every pass through a block: how far back it looks, how spread out, how much at the first "
+    "token, and how much at what followed the same token before (induction, on random tokens twice in a row)."
+)
 picture("attention", caption, figures.draw_attention(attended), attended)
 caption = "Share of attention by distance."
 picture("distances", caption, figures.draw_distances(attended), attended)
 for number, run in enumerate(runs):
     for i, (name, weights) in zip(maps, figures.attention_maps(run.model, run.idx, maps).items()):
         caption = f"Attention of {run.name}, block/loop {name}, from the text's token of the row to that of the column."
-        picture(f"map_{number}_{i}", caption, figures.draw_maps(weights, run.texts), {run.name: {name: weights}})
+        picture(
+            f"map_{number}_{i}",
+            caption,
+            figures.draw_maps(weights, run.texts),
+            {run.name: {name: weights}},
+        )
 
 # -----------------------------------------------------------------------------
 # spectra
@@ -397,10 +534,20 @@ if parts:
     add(body, "h2", "Spectra of the looped matrices")
     spectra = {}
     for run in (run for run in runs if run.model.config.groups):
-        spectra[run.name] = figures.spectra(run.model, run.earlier and run.earlier[0], spectral_clip_beta)
-        before = f"dotted: as it was after {run.earlier[1]:,} steps" if run.earlier else "no earlier checkpoint"
-        add(body, "p", f"{run.name}: solid: as it is, {before}, dashed: what spectral_clip_beta={spectral_clip_beta:g} "
-                       "would leave.")
+        spectra[run.name] = figures.spectra(
+            run.model, run.earlier and run.earlier[0], spectral_clip_beta
+        )
+        before = (
+            f"dotted: as it was after {run.earlier[1]:,} steps"
+            if run.earlier
+            else "no earlier checkpoint"
+        )
+        add(
+            body,
+            "p",
+            f"{run.name}: solid: as it is, {before}, dashed: what spectral_clip_beta={spectral_clip_beta:g} "
+            "would leave.",
+        )
     caption = "Singular values, largest first, of the matrices inside the loops."
     picture("spectra", caption, figures.draw_spectra(spectra), spectra)
 
@@ -411,19 +558,27 @@ if parts:
     lines = [("run", "loop", "token", "text", "rank", "prediction", "probability")]
 for name, (run, group, n, _, likeliest, probabilities) in parts.items():
     words = np.vectorize(run.decode, otypes=[object])(likeliest)
-    said = {place: f"{words[place]} {probabilities[place]:.0%}" for place in np.ndindex(words.shape)}
+    said = {
+        place: f"{words[place]} {probabilities[place]:.0%}" for place in np.ndindex(words.shape)
+    }
     shown, T = [i - 1 for i in figures.loops_to_try(n, 12)], len(run.texts)
     titles = [f"{i + 1}{'*' * (i + 1 == run.model.config.counts()[group])}" for i in shown]
     ranks, last = range(words.shape[2]), range(max(0, T - 12), T)
     add(body, "h3", f"{name}: the likeliest tokens after the text (*: loops as configured)")
     rows = [[title, *(said[i, T - 1, rank] for rank in ranks)] for i, title in zip(shown, titles)]
-    table(("loop", *(f"rank {rank + 1}" for rank in ranks)), rows, [[None, *probabilities[i, -1]] for i in shown])
+    table(
+        ("loop", *(f"rank {rank + 1}" for rank in ranks)),
+        rows,
+        [[None, *probabilities[i, -1]] for i in shown],
+    )
     add(body, "h3", f"{name}: the likeliest token after each of the last")
     rows = [[f"{t} {run.texts[t]}", *(said[i, t, 0] for i in shown)] for t in last]
     shares = [[None, *probabilities[shown, t, 0]] for t in last]
     table(("after token", *(f"loop {title}" for title in titles)), rows, shares)
-    lines += [(name, i + 1, t, run.texts[t], rank + 1, words[i, t, rank], probabilities[i, t, rank])
-              for i, t, rank in said]
+    lines += [
+        (name, i + 1, t, run.texts[t], rank + 1, words[i, t, rank], probabilities[i, t, rank])
+        for i, t, rank in said
+    ]
 if parts:
     with open(folder / "lens.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(lines)

@@ -26,9 +26,18 @@ except ImportError:  # Windows: two runs in one folder are not kept apart
     fcntl = None
 
 NEWEST, PREVIOUS, MANIFEST, LOCK = "ckpt.pt", "ckpt_prev.pt", "ckpt.json", "lock"
-TYPES = {"model": dict, "model_args": dict, "optimizer": dict, "iter_num": int, "config": dict, "tokenizer": dict,
-         "stream": dict, "health": dict, "training_model": dict,
-         "best_val_loss": (int, float, torch.Tensor)}  # fmt: skip
+TYPES = {
+    "model": dict,
+    "model_args": dict,
+    "optimizer": dict,
+    "iter_num": int,
+    "config": dict,
+    "tokenizer": dict,
+    "stream": dict,
+    "health": dict,
+    "training_model": dict,
+    "best_val_loss": (int, float, torch.Tensor),
+}
 
 
 def save(folder, checkpoint, keep_last=2):
@@ -39,10 +48,19 @@ def save(folder, checkpoint, keep_last=2):
     check_finite(checkpoint)
     newest, previous, *_ = kept = [Path(folder) / name for name in names(keep_last)]
     part = write_part(newest, lambda file: torch.save(checkpoint, file))
-    entry = {"sha256": sha256(part), "bytes": part.stat().st_size, "iter_num": checkpoint["iter_num"]}
-    entries = [entry, *read_manifest(folder)[: keep_last + 1]]  # more, for saves that died between here and the end
+    entry = {
+        "sha256": sha256(part),
+        "bytes": part.stat().st_size,
+        "iter_num": checkpoint["iter_num"],
+    }
+    entries = [
+        entry,
+        *read_manifest(folder)[: keep_last + 1],
+    ]  # more, for saves that died between here and the end
     write_whole(Path(folder) / MANIFEST, json.dumps(entries, indent=1).encode())
-    if newest.exists() and not (previous.exists() and previous.samefile(newest)):  # the same where a save died below
+    if newest.exists() and not (
+        previous.exists() and previous.samefile(newest)
+    ):  # the same where a save died below
         for younger, older in reversed([*pairwise(kept[1:])]):
             if younger.exists():
                 os.replace(younger, older)
@@ -60,7 +78,11 @@ def names(keep_last):
 
 def older_than_previous(folder):
     """ckpt_prev2.pt and so on, as far as they are there."""
-    found = [path for path in Path(folder).glob("ckpt_prev*.pt") if re.fullmatch(r"ckpt_prev\d{1,9}\.pt", path.name)]
+    found = [
+        path
+        for path in Path(folder).glob("ckpt_prev*.pt")
+        if re.fullmatch(r"ckpt_prev\d{1,9}\.pt", path.name)
+    ]
     return sorted(found, key=lambda path: int(path.stem.removeprefix("ckpt_prev")))
 
 
@@ -75,7 +97,9 @@ def write_part(path, write):
             os.fsync(file.fileno())
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # torch's writer, in which the disk's own error got lost
+        if isinstance(
+            error, RuntimeError
+        ):  # torch's writer, in which the disk's own error got lost
             raise OSError(f"{part}: cannot be written ({error.__context__ or error})") from None
         raise
     return part
@@ -113,7 +137,10 @@ def load(source):
         for problem in problems:
             print(f"{problem}; going back to {path}", file=sys.stderr)
         if source.is_dir() and "format" in checkpoint and not read_manifest(source):
-            print(f"{source / MANIFEST}: missing or damaged, {path.name} could not be verified", file=sys.stderr)
+            print(
+                f"{source / MANIFEST}: missing or damaged, {path.name} could not be verified",
+                file=sys.stderr,
+            )
         return checkpoint
     raise ValueError("; ".join(problems))
 
@@ -134,7 +161,9 @@ def read(path):
         check_zip(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check(checkpoint)
-    except Exception as error:  # torch raises many types for a file it cannot read; all mean the same here
+    except (
+        Exception
+    ) as error:  # torch raises many types for a file it cannot read; all mean the same here
         reason = str(error).splitlines()[0][:120] if str(error) else ""
         raise ValueError(f"{path}: not a checkpoint ({type(error).__name__}: {reason})") from None
     return checkpoint
@@ -184,7 +213,9 @@ def check(checkpoint):
 
 def check_finite(checkpoint):
     """ValueError that names the first weight which is NaN or Inf."""
-    for name, tensor in tensors({part: checkpoint.get(part) for part in ("model", "training_model")}):
+    for name, tensor in tensors(
+        {part: checkpoint.get(part) for part in ("model", "training_model")}
+    ):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or Inf")
 
@@ -194,9 +225,15 @@ def restore(optimizer, state):
     try:
         optimizer.load_state_dict(state)
         own = [p for group in optimizer.param_groups for p in group["params"]]
-        fit = all(t.dim() == 0 or t.shape == p.shape for p in own for t in optimizer.state.get(p, {}).values())
+        fit = all(
+            t.dim() == 0 or t.shape == p.shape
+            for p in own
+            for t in optimizer.state.get(p, {}).values()
+        )
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"the optimizer's state cannot be read ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"the optimizer's state cannot be read ({type(error).__name__}: {error})"
+        ) from None
     if not fit:
         raise ValueError("the optimizer's state does not fit the model")
 
@@ -229,9 +266,14 @@ def lock(folder):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"out_dir={folder}: another run is at work there ({file.read(200).strip()})") from None
+        raise ValueError(
+            f"out_dir={folder}: another run is at work there ({file.read(200).strip()})"
+        ) from None
     except OSError as error:  # a file system without locks
-        print(f"{folder}: cannot be locked ({error.strerror}); see that no other run uses it", file=sys.stderr)
+        print(
+            f"{folder}: cannot be locked ({error.strerror}); see that no other run uses it",
+            file=sys.stderr,
+        )
     file.truncate()
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -260,6 +302,8 @@ def listen():
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(signal.Signals.__members__):  # Windows has no SIGUSR1
+    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(
+        signal.Signals.__members__
+    ):  # Windows has no SIGUSR1
         signal.signal(signal.Signals[name], note)
     return asked

@@ -55,7 +55,9 @@ def clear_errors():
         yield
     except (ValueError, OSError) as error:
         line = " ".join(str(error).splitlines())
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {line if len(line) < 800 else line[:800] + '...'}\n")
+        sys.stderr.write(
+            f"{Path(sys.argv[0]).name}: {line if len(line) < 800 else line[:800] + '...'}\n"
+        )
         sys.exit(2)
 
 
@@ -63,7 +65,9 @@ def check_ranges(scope, limits):
     """ValueError where a knob of a script (scope: its globals()) is outside its range in limits."""
     for name, values in limits.items():
         if scope[name] not in values:
-            raise ValueError(f"{name}={scope[name]}: must be from {values.start} to {values.stop - 1}")
+            raise ValueError(
+                f"{name}={scope[name]}: must be from {values.start} to {values.stop - 1}"
+            )
 
 
 def read_knobs(path, class_name=""):
@@ -73,14 +77,18 @@ def read_knobs(path, class_name=""):
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     body = ast.parse(text).body
     if class_name:
-        body = next(node.body for node in body if isinstance(node, ast.ClassDef) and node.name == class_name)
+        body = next(
+            node.body for node in body if isinstance(node, ast.ClassDef) and node.name == class_name
+        )
     knobs = {}
     for node in body:
         if any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node)):
             break
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(target, ast.Name):
-            knobs[target.id] = Knob(target.id, ast.literal_eval(node.value), comments.get(node.end_lineno, ""))
+            knobs[target.id] = Knob(
+                target.id, ast.literal_eval(node.value), comments.get(node.end_lineno, "")
+            )
     return knobs
 
 
@@ -104,8 +112,13 @@ def read_config_file(path, knobs):
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
-    names = {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, type(sys))}
-    return {name: convert(value, find(name, knobs, f"{path}: "), f"{path}: ") for name, value in names.items()}
+    names = {
+        k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, type(sys))
+    }
+    return {
+        name: convert(value, find(name, knobs, f"{path}: "), f"{path}: ")
+        for name, value in names.items()
+    }
 
 
 def find(name, knobs, where):
@@ -122,7 +135,9 @@ def parse(text, knob):
     if kind is str:
         return text
     if kind is bool:
-        return convert({"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text), knob)
+        return convert(
+            {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text), knob
+        )
     try:
         if len(text) > 10000:  # to parse it could take all memory
             value = text
@@ -144,7 +159,13 @@ def convert(value, knob, where=""):
         return kind(value)
     if kind in (bool, str) and isinstance(value, kind):
         return value
-    kinds = {int: "a whole number", float: "a number", bool: "True or False", str: "text", tuple: "a list such as 4,8"}
+    kinds = {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "text",
+        tuple: "a list such as 4,8",
+    }
     raise ValueError(f"{where}{knob.name}={clip(value)!r}: must be {kinds[kind]}")
 
 
@@ -154,7 +175,11 @@ def is_number(value):
 
 def flat(value):
     """The leaves of nested lists."""
-    return [leaf for part in value for leaf in flat(part)] if isinstance(value, (tuple, list)) else [value]
+    return (
+        [leaf for part in value for leaf in flat(part)]
+        if isinstance(value, (tuple, list))
+        else [value]
+    )
 
 
 def freeze(value):

@@ -14,7 +14,16 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import read_knobs
-from dataset import finish, flush, make_tokenizer, part_of, random_key, token_dtype, write_atomically, write_ids
+from dataset import (
+    finish,
+    flush,
+    make_tokenizer,
+    part_of,
+    random_key,
+    token_dtype,
+    write_atomically,
+    write_ids,
+)
 
 JOURNAL = "journal.part"  # how far write_documents came
 
@@ -27,17 +36,33 @@ def open_corpus(input_files, repository, subset, revision):
     """
     import datasets
 
-    paths = sorted({path for pattern in input_files.split(",") for path in glob.glob(pattern.strip(), recursive=True)})
+    paths = sorted(
+        {
+            path
+            for pattern in input_files.split(",")
+            for path in glob.glob(pattern.strip(), recursive=True)
+        }
+    )
     kinds = {Path(path).suffix for path in paths}
-    readers = {".parquet": ("parquet", {}), ".jsonl": ("json", {}), ".txt": ("text", {"sample_by": "document"})}
+    readers = {
+        ".parquet": ("parquet", {}),
+        ".jsonl": ("json", {}),
+        ".txt": ("text", {"sample_by": "document"}),
+    }
     if input_files and (len(kinds) != 1 or not kinds <= set(readers)):
-        raise ValueError(f"input_files={input_files}: {len(paths)} files; expected some, all .parquet, .jsonl or .txt")
+        raise ValueError(
+            f"input_files={input_files}: {len(paths)} files; expected some, all .parquet, .jsonl or .txt"
+        )
     try:
         if input_files:
             reader, options = readers[kinds.pop()]
-            corpus = datasets.load_dataset(reader, data_files=paths, split="train", streaming=True, **options)
+            corpus = datasets.load_dataset(
+                reader, data_files=paths, split="train", streaming=True, **options
+            )
         else:
-            corpus = datasets.load_dataset(repository, subset, split="train", revision=revision, streaming=True)
+            corpus = datasets.load_dataset(
+                repository, subset, split="train", revision=revision, streaming=True
+            )
         next(iter(corpus))["text"]
     except Exception as error:  # the hub's client, Arrow and json all have their own types
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
@@ -75,10 +100,14 @@ def write_documents(folder, tokenizer, corpus, val_share, batch=500):
         append_documents(folder, corpus, encode, batch, done)
     except (OSError, ValueError) as error:  # a full disk, a lost connection, a damaged file
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{folder}: {reason}; what is done is kept, the same command goes on with it") from None
+        raise ValueError(
+            f"{folder}: {reason}; what is done is kept, the same command goes on with it"
+        ) from None
     for split, (tokens, _) in done["sizes"].items():
         if not tokens:
-            raise ValueError(f"val_share={val_share}: none of {done['documents']:,} documents goes to {split}.bin")
+            raise ValueError(
+                f"val_share={val_share}: none of {done['documents']:,} documents goes to {split}.bin"
+            )
     (folder / JOURNAL).unlink()
     return finish(folder, tokenizer, done["sizes"])
 
@@ -89,7 +118,9 @@ def append_documents(folder, corpus, encode, batch, done):
     with (
         open(part_of(folder, "train"), "ab") as train,
         open(part_of(folder, "val"), "ab") as val,
-        tqdm(total=number_of_documents(corpus), initial=done["documents"], unit=" documents") as bar,
+        tqdm(
+            total=number_of_documents(corpus), initial=done["documents"], unit=" documents"
+        ) as bar,
     ):
         files = {"train": train, "val": val}
         for encoded, state in encode_ahead(corpus, done["corpus"], encode, batch):
@@ -109,7 +140,9 @@ def encode_ahead(corpus, state, encode, batch):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         before = None
         for texts in corpus.iter(batch_size=batch):
-            shares = [texts["text"][i : i + 20] for i in range(0, len(texts["text"]), 20)]  # few tasks, small overhead
+            shares = [
+                texts["text"][i : i + 20] for i in range(0, len(texts["text"]), 20)
+            ]  # few tasks, small overhead
             after = pool.map(lambda share: list(map(encode, share)), shares), corpus.state_dict()
             if before:
                 yield before
@@ -126,7 +159,10 @@ def read_journal(folder, task, itemsize):
         part.touch()
     if (folder / JOURNAL).exists():
         journal = json.loads((folder / JOURNAL).read_text())
-        whole = all(part.stat().st_size >= journal["sizes"][split][0] * itemsize for split, part in parts.items())
+        whole = all(
+            part.stat().st_size >= journal["sizes"][split][0] * itemsize
+            for split, part in parts.items()
+        )
         if journal["task"] == task and whole:
             done = journal
     for split, part in parts.items():
@@ -164,7 +200,10 @@ def open_stream(folder, input_files, n_tokens):
             break
     if not parts:
         raise ValueError(f"{path}: val_share={knobs['val_share']} holds out no document")
-    meta |= {"vocab_size": encoder.vocab_size, "splits": {"val": {"tokens": tokens, "bytes": n_bytes}}}
+    meta |= {
+        "vocab_size": encoder.vocab_size,
+        "splits": {"val": {"tokens": tokens, "bytes": n_bytes}},
+    }
     return corpus, meta, np.concatenate(parts)
 
 
@@ -185,7 +224,9 @@ class Stream:
         self.states = {lane: states.get(lane, {"corpus": {}, "left": []}) for lane in mine}
         self.pool = ThreadPoolExecutor(len(mine))
         self.batches = {lane: self._batches(corpus, lanes, lane) for lane in mine}
-        self.ahead = {lane: self.pool.submit(next, batches) for lane, batches in self.batches.items()}
+        self.ahead = {
+            lane: self.pool.submit(next, batches) for lane, batches in self.batches.items()
+        }
 
     def next(self, lane):
         """x, y (batch_size, block_size), int64, the lane's next; the one after it is begun in the background."""
@@ -202,11 +243,17 @@ class Stream:
             if state["corpus"]:
                 part.load_state_dict(state["corpus"])
             for texts in part.iter(batch_size=16):
-                documents = [self.encoder.encode_document(t) for t in texts["text"] if not held_out(t, self.val_share)]
+                documents = [
+                    self.encoder.encode_document(t)
+                    for t in texts["text"]
+                    if not held_out(t, self.val_share)
+                ]
                 tokens, some = np.concatenate((tokens, *documents)), True
                 tokens = yield from self._cut(tokens, part.state_dict())
             if not some and not state["corpus"]:
-                raise ValueError(f"gradient_accumulation_steps={lanes}: the corpus has too few documents for so many")
+                raise ValueError(
+                    f"gradient_accumulation_steps={lanes}: the corpus has too few documents for so many"
+                )
             state = {"corpus": {}}
 
     def _cut(self, tokens, at):

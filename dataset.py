@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 def random_key(*parts):
     """A 63-bit integer from ints and strings, the same on every machine: the seed of what happens under that name."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -38,7 +40,9 @@ class CharTokenizer:
     def encode(self, text):
         strange = sorted(set(text) - set(self.ids))
         if strange:
-            raise ValueError(f"{''.join(strange[:10])!r} is not in the alphabet of this model: {self.chars!r}")
+            raise ValueError(
+                f"{''.join(strange[:10])!r} is not in the alphabet of this model: {self.chars!r}"
+            )
         return [self.ids[char] for char in text]
 
     def decode(self, ids):
@@ -76,7 +80,9 @@ class TiktokenTokenizer:
         return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
 
     def encode_document(self, text):
-        ids = self.encoding.encode_to_numpy(text, disallowed_special=())  # <|endoftext|> in a document is text
+        ids = self.encoding.encode_to_numpy(
+            text, disallowed_special=()
+        )  # <|endoftext|> in a document is text
         return np.append(ids, self.encoding.eot_token)
 
     def decode(self, ids):
@@ -86,14 +92,18 @@ class TiktokenTokenizer:
 def make_tokenizer(meta):
     """The tokenizer that meta.json (or a checkpoint) names: "char" with its alphabet, "bytes", or one of tiktoken's."""
     check_tokenizer(meta)
-    return {"char": CharTokenizer, "bytes": ByteTokenizer}.get(meta["tokenizer"], TiktokenTokenizer)(meta)
+    return {"char": CharTokenizer, "bytes": ByteTokenizer}.get(
+        meta["tokenizer"], TiktokenTokenizer
+    )(meta)
 
 
 def check_tokenizer(meta):
     """ValueError where the tokenizer is none of these."""
     name, alphabet = meta.get("tokenizer"), meta.get("chars")
     if not (isinstance(name, str) and re.fullmatch("[A-Za-z0-9_-]{1,99}", name)):
-        raise ValueError(f"tokenizer={str(name)[:60]!r}: must be char, bytes or the name of one of tiktoken's")
+        raise ValueError(
+            f"tokenizer={str(name)[:60]!r}: must be char, bytes or the name of one of tiktoken's"
+        )
     if name == "char" and not isinstance(alphabet, str):
         raise ValueError("chars: must be the alphabet, as one text")
 
@@ -115,8 +125,14 @@ def write_dataset(folder, tokenizer, splits):
         with open(part_of(folder, split), "wb") as file:
             for text in texts:
                 raw = text if isinstance(text, bytes) else text.encode()
-                ids = np.frombuffer(raw, np.uint8) if isinstance(encoder, ByteTokenizer) else encoder.encode(text)
-                sizes[split] = write_ids(file, np.asarray(ids, token_dtype(encoder)), len(raw), sizes[split])
+                ids = (
+                    np.frombuffer(raw, np.uint8)
+                    if isinstance(encoder, ByteTokenizer)
+                    else encoder.encode(text)
+                )
+                sizes[split] = write_ids(
+                    file, np.asarray(ids, token_dtype(encoder)), len(raw), sizes[split]
+                )
             flush(file)
     return finish(folder, tokenizer, sizes)
 
@@ -133,12 +149,18 @@ def write_task(folder, chars, make, sizes, seed):
     with tqdm(total=sum(sum(levels.values()) for levels in sizes.values()), unit=" rows") as bar:
         for split in sorted(sizes):  # hard, train, val
             for level, rows in sorted(sizes[split].items()):
-                rng, goal, repeats = random.Random(random_key(seed, split, level)), len(seen) + rows, 0
+                rng, goal, repeats = (
+                    random.Random(random_key(seed, split, level)),
+                    len(seen) + rows,
+                    0,
+                )
                 while len(seen) < goal:
                     prompt, answer = make(level, rng)
                     repeats = repeats + 1 if prompt in seen else 0
                     if repeats > 10000:
-                        raise ValueError(f"{split}: level {level} has fewer than {rows:,} different prompts left")
+                        raise ValueError(
+                            f"{split}: level {level} has fewer than {rows:,} different prompts left"
+                        )
                     if not repeats:
                         seen.add(prompt)
                         shapes.add((len(prompt), len(answer)))
@@ -172,8 +194,15 @@ def finish(folder, tokenizer, sizes):
         os.replace(part_of(folder, split), path)
         splits[split] = {"tokens": tokens, "bytes": n_bytes, "sha256": sha256(path)}
         print(f"{path}: {tokens:,} tokens")
-    meta = {**tokenizer, "vocab_size": encoder.vocab_size, "dtype": token_dtype(encoder).name, "splits": splits}
-    write_atomically(Path(folder, "meta.json"), json.dumps(meta, indent=1, ensure_ascii=False).encode())
+    meta = {
+        **tokenizer,
+        "vocab_size": encoder.vocab_size,
+        "dtype": token_dtype(encoder).name,
+        "splits": splits,
+    }
+    write_atomically(
+        Path(folder, "meta.json"), json.dumps(meta, indent=1, ensure_ascii=False).encode()
+    )
     return meta
 
 
@@ -206,9 +235,13 @@ def download(url, path, size, sha256):
         with urllib.request.urlopen(url, timeout=30) as response:
             data = response.read(size + 1)
     except OSError as error:
-        raise ValueError(f"could not download {url} ({error}); --input_file= takes a local copy") from None
+        raise ValueError(
+            f"could not download {url} ({error}); --input_file= takes a local copy"
+        ) from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{url}: not the expected file of {size:,} bytes with sha256 {sha256[:12]}...")
+        raise ValueError(
+            f"{url}: not the expected file of {size:,} bytes with sha256 {sha256[:12]}..."
+        )
     write_atomically(path, data)
 
 
@@ -224,7 +257,9 @@ def load_meta(folder):
         check_meta(meta)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error)[:100] if type(error) is ValueError else type(error).__name__
-        raise ValueError(f"{path}: missing or damaged ({reason}); run: {prepare_command(folder)}") from None
+        raise ValueError(
+            f"{path}: missing or damaged ({reason}); run: {prepare_command(folder)}"
+        ) from None
     return meta
 
 
@@ -239,11 +274,17 @@ def check_meta(meta):
         return all(type(n) is int and least <= n < 2**62 for n in numbers)
 
     require(meta["dtype"] in ("uint16", "uint32"), "dtype is neither uint16 nor uint32")
-    require(whole(1, meta["vocab_size"]) and meta["vocab_size"] <= 2**20, "vocab_size is not from 1 to 2**20")
+    require(
+        whole(1, meta["vocab_size"]) and meta["vocab_size"] <= 2**20,
+        "vocab_size is not from 1 to 2**20",
+    )
     check_tokenizer(meta)
     for name in {"train", "val"} | set(meta["splits"]):
         require(whole(0, meta["splits"][name]["tokens"]), f"tokens of {name}")
-        require(whole(1, meta["splits"][name]["bytes"]) or not meta["splits"][name]["tokens"], f"bytes of {name}")
+        require(
+            whole(1, meta["splits"][name]["bytes"]) or not meta["splits"][name]["tokens"],
+            f"bytes of {name}",
+        )
     if "row" in meta:
         length, prompt, levels = (meta["row"][name] for name in ("length", "prompt", "levels"))
         require(whole(1, length, prompt) and prompt < length, "row's length or prompt")
@@ -259,7 +300,11 @@ def prepare_command(folder):
 
 def open_split(folder, name, meta, block_size, vocab_size):
     """A split of a prepared folder. ValueError with the command that mends it where a file is not what meta says."""
-    path, sizes, dtype = Path(folder, f"{name}.bin"), meta["splits"][name], np.dtype(meta["dtype"]).newbyteorder("<")
+    path, sizes, dtype = (
+        Path(folder, f"{name}.bin"),
+        meta["splits"][name],
+        np.dtype(meta["dtype"]).newbyteorder("<"),
+    )
     expected, size = sizes["tokens"] * dtype.itemsize, path.stat().st_size if path.exists() else -1
     if size != expected:
         found = f"{size:,} bytes where meta.json says {expected:,}" if size >= 0 else "is missing"
@@ -276,13 +321,22 @@ class Split:
     def __init__(self, name, tokens, n_bytes, block_size, vocab_size, row=None, path=""):
         """row: of meta.json, for a task. path: for what is said of wrong tokens. ValueError for those."""
         self.split, self.tokens, self.n_tokens, self.n_bytes = name, tokens, len(tokens), n_bytes
-        self.block_size, self.vocab_size, self.row, self.path = block_size, vocab_size, row, path or name
+        self.block_size, self.vocab_size, self.row, self.path = (
+            block_size,
+            vocab_size,
+            row,
+            path or name,
+        )
         self.step = row["length"] if row else block_size  # from one window to the next
         if row and row["length"] != block_size + 1:
-            raise ValueError(f"block_size={block_size}: the rows of {self.path} need {row['length'] - 1}")
+            raise ValueError(
+                f"block_size={block_size}: the rows of {self.path} need {row['length'] - 1}"
+            )
         self.n_windows = (self.n_tokens - (not row)) // self.step
         if self.n_windows < 1:
-            raise ValueError(f"block_size={block_size}: {self.path} has only {self.n_tokens} tokens")
+            raise ValueError(
+                f"block_size={block_size}: {self.path} has only {self.n_tokens} tokens"
+            )
         self._check(tokens[: self.SCAN])
 
     def _check(self, tokens):

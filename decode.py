@@ -23,7 +23,9 @@ from exits import GateExit, rows_of
 
 SLOTS = {  # the slot of loop i of n, numbered in the order of their first use; k: how many there are
     "full": lambda i, n, k: i,
-    "last": lambda i, n, k: max(0, i - (n - k)),  # the last k loops have their own, the first of which earlier ones use
+    "last": lambda i, n, k: max(
+        0, i - (n - k)
+    ),  # the last k loops have their own, the first of which earlier ones use
     "first+shared": lambda i, n, k: min(i, 1),
     "mod": lambda i, n, k: i % k,
     "shared": lambda i, n, k: 0,
@@ -47,24 +49,48 @@ class Cache:
     length is overwritten before anything sees it, and taking tokens back is setting a smaller length.
     """
 
-    def __init__(self, model, batch=1, n_loop=None, slots="full", n_slot=1, size=None, dtype=None, static=False):
+    def __init__(
+        self,
+        model,
+        batch=1,
+        n_loop=None,
+        slots="full",
+        n_slot=1,
+        size=None,
+        dtype=None,
+        static=False,
+    ):
         """Room for size tokens (None: block_size) in each of batch rows, at n_loop loops as GPT.forward has them.
 
         slots: a key of SLOTS, n_slot: its k. static: attention reads all cells, so that shapes never change.
         """
         config, like = model.config, model.lm_head.weight
-        self.offset, self.separator, self.static = int(config.predict_ahead), config.document_separator, static
+        self.offset, self.separator, self.static = (
+            int(config.predict_ahead),
+            config.document_separator,
+            static,
+        )
         self.size = min(size or config.block_size, config.block_size) + self.offset  # cells
         self.groups, self.views = [], []
         for stage, count in model.schedule(n_loop):
             numbers = [SLOTS[slots](i, *count, n_slot) for i in range(*count)] if count else [0]
             shape, dtype = (max(numbers) + 1, batch), dtype or like.dtype
-            kept = [[like.new_zeros(*shape, heads, self.size, channels, dtype=dtype) for heads, channels in parts]
-                    for parts in (KEPT[config.attention](block.attn) for block in (stage.blocks if count else [stage]))]
+            kept = [
+                [
+                    like.new_zeros(*shape, heads, self.size, channels, dtype=dtype)
+                    for heads, channels in parts
+                ]
+                for parts in (
+                    KEPT[config.attention](block.attn)
+                    for block in (stage.blocks if count else [stage])
+                )
+            ]
             self.groups.append(Group(len(self.views), numbers, kept))
             self.views += [[part[slot] for part in parts] for slot in numbers for parts in kept]
         for view in (part for parts in self.views for part in parts) if static else ():
-            torch._dynamo.mark_static_address(view, guard=False)  # CUDA graphs write to no other input
+            torch._dynamo.mark_static_address(
+                view, guard=False
+            )  # CUDA graphs write to no other input
         self.lengths = torch.zeros(batch, dtype=torch.long)  # tokens of each row, on the CPU
         self.ids = like.new_zeros(batch, self.size, dtype=torch.long)
         self.point()
@@ -85,7 +111,11 @@ class Cache:
         """Position and mask of new tokens x (R, T, C): each sees itself and all before it in its document."""
         start, T = (self.seen + self.offset * (self.seen > 0)).to(x.device), x.size(1)
         self.places = start.unsqueeze(1) + torch.arange(T, device=x.device)  # (R, T)
-        self.end = self.size if self.static and self.length else self.length + self.offset * (self.length > 0) + T
+        self.end = (
+            self.size
+            if self.static and self.length
+            else self.length + self.offset * (self.length > 0) + T
+        )
         self.select(None)
         if self.separator < 0 and not self.length:
             return self.places, None
@@ -103,11 +133,16 @@ class Cache:
         kept, self.turn = self.queue[self.turn], self.turn + 1
         for part, more in zip(kept, new):
             part[self.row, :, self.place] = more.transpose(1, 2).to(part.dtype)
-        return [part[:, :, : self.end] if self.whole else part[self.row[:, 0], :, : self.end] for part in kept]
+        return [
+            part[:, :, : self.end] if self.whole else part[self.row[:, 0], :, : self.end]
+            for part in kept
+        ]
 
     def select(self, pick):
         """Go on with some rows of the pass, (R',) numbers; None for all of them again."""
-        self.row, self.place = (self.rows, self.places) if pick is None else (self.rows[pick], self.places[pick])
+        self.row, self.place = (
+            (self.rows, self.places) if pick is None else (self.rows[pick], self.places[pick])
+        )
         self.whole = len(self.row) == len(self.lengths)
 
     def stand_in(self, group, i):
@@ -124,7 +159,12 @@ class Cache:
 
     def bytes_per_token(self):
         """Of one row of the batch."""
-        return sum(part[:, 0, :, 0].nbytes for group in self.groups for parts in group.kept for part in parts)
+        return sum(
+            part[:, 0, :, 0].nbytes
+            for group in self.groups
+            for parts in group.kept
+            for part in parts
+        )
 
 
 def check_slots(config, n_loop, slots, n_slot):
@@ -147,16 +187,24 @@ class Sampling(NamedTuple):
 
     temperature: float = 1.0  # 0: all on the likeliest token
     top_k: int | None = None  # the k likeliest
-    top_p: float | None = None  # the fewest likeliest that together have this probability (arXiv 1904.09751)
-    min_p: float | None = None  # those with this share of the likeliest's probability (arXiv 2407.01082)
-    repetition_penalty: float = 1.0  # of tokens that occurred: divides positive logits (CTRL, arXiv 1909.05858)
+    top_p: float | None = (
+        None  # the fewest likeliest that together have this probability (arXiv 1904.09751)
+    )
+    min_p: float | None = (
+        None  # those with this share of the likeliest's probability (arXiv 2407.01082)
+    )
+    repetition_penalty: float = (
+        1.0  # of tokens that occurred: divides positive logits (CTRL, arXiv 1909.05858)
+    )
     vocab_size: int | None = None  # ids from here on are padding and never drawn
 
     def probabilities(self, logits, seen):
         """(.., V) of logits (.., V) and of which tokens occurred, seen (.., V)."""
         logits, penalty = logits[..., : self.vocab_size].float(), self.repetition_penalty
         if penalty != 1:
-            logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+            logits = torch.where(
+                seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits
+            )
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
         logits = logits / self.temperature
@@ -175,8 +223,14 @@ class Sampling(NamedTuple):
 
 def check_sampling(sampling):
     """ValueError where a value is outside its range."""
-    ranges = {"temperature": (0, torch.inf), "top_k": (1, torch.inf), "top_p": (1e-9, 1), "min_p": (0, 1),
-              "repetition_penalty": (1e-9, torch.inf), "vocab_size": (1, torch.inf)}  # fmt: skip
+    ranges = {
+        "temperature": (0, torch.inf),
+        "top_k": (1, torch.inf),
+        "top_p": (1e-9, 1),
+        "min_p": (0, 1),
+        "repetition_penalty": (1e-9, torch.inf),
+        "vocab_size": (1, torch.inf),
+    }
     for name, (least, most) in ranges.items():
         value = getattr(sampling, name)
         if value is not None and not (least <= value <= most and value < torch.inf):
@@ -186,7 +240,9 @@ def check_sampling(sampling):
 def draw(p, generator):
     """One token (R,) from probabilities (R, V): where their running sum passes a uniform number."""
     total = p.double().cumsum(-1)
-    u = 1 - torch.rand(len(p), 1, generator=generator, dtype=torch.double, device=p.device)  # in (0, 1]
+    u = 1 - torch.rand(
+        len(p), 1, generator=generator, dtype=torch.double, device=p.device
+    )  # in (0, 1]
     return (total < u * total[:, -1:]).sum(-1)
 
 
@@ -225,19 +281,33 @@ def compiled(function):
 class Decoder:
     """The passes of a model over a cache, cut open around the last looped group, where exits and drafts are."""
 
-    def __init__(self, model, cache, n_loop=None, exit_rule=None, min_loops=1, warm_start=False, shapes=()):
+    def __init__(
+        self, model, cache, n_loop=None, exit_rule=None, min_loops=1, warm_start=False, shapes=()
+    ):
         """exit_rule: of make_exit, asked from min_loops on. warm_start: a token's first state is the last one of the
         token before it. shapes: (R, T) of the passes that are compiled."""
-        self.model, self.cache, self.rule, self.min_loops, self.shapes = model, cache, exit_rule, min_loops, shapes
+        self.model, self.cache, self.rule, self.min_loops, self.shapes = (
+            model,
+            cache,
+            exit_rule,
+            min_loops,
+            shapes,
+        )
         self.schedule = model.schedule(n_loop)
         looped = [number for number, (_, count) in enumerate(self.schedule) if count]
         self.last = looped[-1] if looped else len(self.schedule)
         (self.loop, (self.n,)) = self.schedule[self.last] if looped else (None, (0,))
         most, like = max((*model.config.counts(n_loop), 1)), model.lm_head.weight
-        self.index = torch.arange(most, device=like.device).split(1)  # of each loop; an int would be compiled in
-        self.warm = like.new_zeros(len(cache.lengths), 1, model.config.n_embd) if warm_start else None
+        self.index = torch.arange(most, device=like.device).split(
+            1
+        )  # of each loop; an int would be compiled in
+        self.warm = (
+            like.new_zeros(len(cache.lengths), 1, model.config.n_embd) if warm_start else None
+        )
         pooling = isinstance(exit_rule, GateExit) and model.config.exit_gate == "mean_state"
-        self.sums = like.new_zeros(self.n, len(cache.lengths), 1, model.config.n_embd) if pooling else None
+        self.sums = (
+            like.new_zeros(self.n, len(cache.lengths), 1, model.config.n_embd) if pooling else None
+        )
 
     def enter(self, idx, rows, seen=None):
         """What enters the loop, its first state, where: of tokens idx (R, T) of rows (R,), seen (R,) before them."""
@@ -249,7 +319,9 @@ class Decoder:
     def leave(self, s, where):
         """The last hidden states, which the head reads, of states s (R, T, C)."""
         s = self.loop.exit(s) if self.loop else s
-        return self.model.transformer.ln_f(self.through(range(self.last + 1, len(self.schedule)), s, where))
+        return self.model.transformer.ln_f(
+            self.through(range(self.last + 1, len(self.schedule)), s, where)
+        )
 
     def begin(self, loop, x, where):
         e = loop.entry(x)
@@ -299,7 +371,12 @@ class Decoder:
             self.cache.select(rows)
             if not len(rows):
                 break
-            s, e, where, carry = s[going], whole[0][rows], rows_of(whole[1], rows), [part[going] for part in carry]
+            s, e, where, carry = (
+                s[going],
+                whole[0][rows],
+                rows_of(whole[1], rows),
+                [part[going] for part in carry],
+            )
         self.cache.select(None)
         order = torch.cat(gone).argsort()
         return torch.cat(final)[order], torch.cat(used)[order].cpu()
@@ -383,7 +460,10 @@ class Decoder:
 
     def slide(self, rows, tokens, lengths, step):
         """Windows that are full move on by step tokens: what stays in them is computed anew, at its new positions."""
-        full, keep = rows[self.cache.lengths[rows] == self.model.block_size], self.model.block_size - step
+        full, keep = (
+            rows[self.cache.lengths[rows] == self.model.block_size],
+            self.model.block_size - step,
+        )
         self.cache.lengths[full] = 0
         if self.sums is not None:
             self.sums[:, full] = 0
@@ -402,13 +482,19 @@ class Text:
     def __init__(self, idx, lengths, max_new_tokens, sampling, generator, watch, width):
         self.tokens = F.pad(idx, (0, max_new_tokens), value=-1)
         self.tokens[torch.arange(self.tokens.size(1)) >= lengths.unsqueeze(1)] = -1
-        self.starts, self.lengths, self.ends = lengths, lengths.clone(), lengths + max_new_tokens  # (B,), on the CPU
+        self.starts, self.lengths, self.ends = (
+            lengths,
+            lengths.clone(),
+            lengths + max_new_tokens,
+        )  # (B,), on the CPU
         self.used = torch.zeros(len(idx), max_new_tokens, dtype=torch.long)
         self.sampling, self.generator, self.watch, self.seen = sampling, generator, watch, None
         self.drafted = self.accepted = 0
         if sampling.repetition_penalty != 1:
             real = torch.where(self.tokens < 0, self.tokens[:, :1], self.tokens)
-            self.seen = torch.zeros(len(idx), width, dtype=torch.bool, device=idx.device).scatter(1, real, True)
+            self.seen = torch.zeros(len(idx), width, dtype=torch.bool, device=idx.device).scatter(
+                1, real, True
+            )
 
     def unfinished(self):
         return (self.lengths < self.ends).nonzero().squeeze(1)
@@ -421,7 +507,9 @@ class Text:
         seen = self.seen
         if seen is not None:
             more = F.one_hot(drafts, seen.size(1)).cumsum(1).bool()
-            seen = (seen[rows].unsqueeze(1) | F.pad(more, (0, 0, 1, 0)))[:, -logits.size(1) :, : logits.size(-1)]
+            seen = (seen[rows].unsqueeze(1) | F.pad(more, (0, 0, 1, 0)))[
+                :, -logits.size(1) :, : logits.size(-1)
+            ]
             seen = seen[..., : self.sampling.vocab_size]
         return self.sampling.probabilities(logits, seen)
 
@@ -450,9 +538,31 @@ class Text:
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, *, n_loop=None, lengths=None, temperature=1.0, top_k=None, top_p=None,
-             min_p=None, repetition_penalty=1.0, vocab_size=None, generator=None, slots="full", n_slot=1, slide=0,
-             exit_rule=None, min_loops=1, warm_start=False, draft_tokens=0, draft_loops=0, static=False, watch=None):
+def generate(
+    model,
+    idx,
+    max_new_tokens,
+    *,
+    n_loop=None,
+    lengths=None,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    min_p=None,
+    repetition_penalty=1.0,
+    vocab_size=None,
+    generator=None,
+    slots="full",
+    n_slot=1,
+    slide=0,
+    exit_rule=None,
+    min_loops=1,
+    warm_start=False,
+    draft_tokens=0,
+    draft_loops=0,
+    static=False,
+    watch=None,
+):
     """Continue the prompts idx (B, T), int64, by max_new_tokens tokens each, in a batch as if each were alone.
 
     n_loop: loops of the model, an int, one per group, or None (the config's). lengths (B,): of the prompts, where
@@ -467,7 +577,9 @@ def generate(model, idx, max_new_tokens, *, n_loop=None, lengths=None, temperatu
     Returns (tokens (B, T + max_new_tokens), -1 behind the end of a row, stats): loops of each group, loops_used (B,
     max_new_tokens) of the last group for each new token, lengths (B,), cache_bytes_per_token, drafted and accepted.
     """
-    lengths = torch.full((len(idx),), idx.size(1)) if lengths is None else torch.as_tensor(lengths).cpu()
+    lengths = (
+        torch.full((len(idx),), idx.size(1)) if lengths is None else torch.as_tensor(lengths).cpu()
+    )
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size)
     check_sampling(sampling)
     check_slots(model.config, n_loop, slots, n_slot)
@@ -475,7 +587,9 @@ def generate(model, idx, max_new_tokens, *, n_loop=None, lengths=None, temperatu
     deepest = (0, *model.config.counts(n_loop))[-1]
     check_loops(model, deepest, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slots)
     size = None if static else idx.size(1) + max_new_tokens + draft_tokens
-    cache = Cache(model, len(idx), n_loop, slots, n_slot, size, autocast_dtype(idx.device.type), static)
+    cache = Cache(
+        model, len(idx), n_loop, slots, n_slot, size, autocast_dtype(idx.device.type), static
+    )
     shapes = {(len(idx), 1), (len(idx), draft_tokens + 1)} if static else ()
     decoder = Decoder(model, cache, n_loop, exit_rule, min_loops, warm_start, shapes)
     text = Text(idx, lengths, max_new_tokens, sampling, generator, watch, model.config.vocab_size)
@@ -498,7 +612,10 @@ def one_round(decoder, text, rows, hidden, draft_tokens, draft_loops):
     if decoder.shapes:
         torch.compiler.cudagraph_mark_step_begin()  # what compiled passes gave before may be overwritten
     model, cache, token = decoder.model, decoder.cache, text.newest(rows)
-    room = min(model.block_size - int(cache.lengths[rows].max()), int((text.ends - text.lengths)[rows].max()))
+    room = min(
+        model.block_size - int(cache.lengths[rows].max()),
+        int((text.ends - text.lengths)[rows].max()),
+    )
     count = min(draft_tokens, room - 1)
     if not count:
         hidden, used = decoder.step(token, rows)
@@ -530,10 +647,18 @@ def autocast_dtype(kind):
 
 def check_prompt(model, idx, lengths, max_new_tokens, slide):
     """ValueError for a prompt or a window that cannot be."""
-    if len(lengths) != len(idx) or not idx.size(1) or not 1 <= lengths.min() <= lengths.max() <= idx.size(1):
-        raise ValueError("the prompt is empty, or lengths do not fit: one for each row, from 1 to its columns")
+    if (
+        len(lengths) != len(idx)
+        or not idx.size(1)
+        or not 1 <= lengths.min() <= lengths.max() <= idx.size(1)
+    ):
+        raise ValueError(
+            "the prompt is empty, or lengths do not fit: one for each row, from 1 to its columns"
+        )
     if lengths.max() > model.block_size:
-        raise ValueError(f"a prompt of {lengths.max()} tokens is longer than the window, block_size={model.block_size}")
+        raise ValueError(
+            f"a prompt of {lengths.max()} tokens is longer than the window, block_size={model.block_size}"
+        )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
     if not 0 <= slide <= max(1, model.block_size - 1):
@@ -543,13 +668,19 @@ def check_prompt(model, idx, lengths, max_new_tokens, slide):
 def check_loops(model, n, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slots):
     """ValueError for ways to decode that a model of n loops cannot go, or not together."""
     if not n and (exit_rule or warm_start or draft_loops):
-        raise ValueError("exit_rule, warm_start and draft_loops need a model in which something is looped")
+        raise ValueError(
+            "exit_rule, warm_start and draft_loops need a model in which something is looped"
+        )
     if n and not (1 <= min_loops <= n and 0 <= draft_loops <= n):
-        raise ValueError(f"min_loops={min_loops}, draft_loops={draft_loops}: must be from 1 and 0 to the {n} loops")
+        raise ValueError(
+            f"min_loops={min_loops}, draft_loops={draft_loops}: must be from 1 and 0 to the {n} loops"
+        )
     if draft_tokens < 0:
         raise ValueError(f"draft_tokens={draft_tokens}: must be at least 0")
     if draft_tokens and (exit_rule or warm_start or slots != "full"):
-        raise ValueError("draft_tokens: not with exit_rule, warm_start or slots other than full: drafts verify neither")
+        raise ValueError(
+            "draft_tokens: not with exit_rule, warm_start or slots other than full: drafts verify neither"
+        )
     if not draft_loops and draft_tokens > len(model.ahead):
         heads = f"at most the {len(model.ahead)} heads further ahead"
         raise ValueError(f"draft_tokens={draft_tokens}: {heads}, or draft_loops of at least 1")

@@ -67,21 +67,31 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def pick_device(name):
     """A torch.device from "cpu", "cuda", "cuda:1", "mps", or "auto" for the best there is. ValueError if it is not."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind, there in here.items() if there)
     kind, _, index = name.partition(":")
     if kind not in here or (index and not index.isdecimal()):
         raise ValueError(f"device={name!r}: must be auto, cpu, cuda, cuda:N or mps")
     if not here[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device={name}: this torch ({torch.__version__}) sees no such device; try --device=cpu")
+        raise ValueError(
+            f"device={name}: this torch ({torch.__version__}) sees no such device; try --device=cpu"
+        )
     return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
 
 
 def pick_dtype(name, device):
     """A torch.dtype from its name, or "auto": bfloat16 where a GPU has it, else float32. ValueError otherwise."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return (
+            torch.bfloat16
+            if device.type == "cuda" and torch.cuda.is_bf16_supported()
+            else torch.float32
+        )
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r}: must be auto, " + " or ".join(DTYPES))
     return DTYPES[name]
@@ -92,7 +102,9 @@ def autocast(device, dtype):
     float32 too."""
     if dtype != torch.float32 and device.type == "cpu":
         attend_in_float32()
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    return (
+        contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    )
 
 
 @functools.cache
@@ -100,16 +112,22 @@ def attend_in_float32():
     """From now on autocast on a CPU does so: in bfloat16 the backward pass of torch's attention is up to three times
     slower on short windows. A kernel of autocast's own, so that it also holds where a checkpoint computes anew."""
     kernels = torch.library.Library("aten", "IMPL", "AutocastCPU")
-    with warnings.catch_warnings(action="ignore"):  # of torch: that its own is replaced, as it is meant to be
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # of torch: that its own is replaced, as it is meant to be
         kernels.impl("scaled_dot_product_attention", attention_in_float32)
     return kernels  # with it they would go
 
 
-def attention_in_float32(q, k, v, mask=None, dropout=0.0, causal=False, *, scale=None, enable_gqa=False):
+def attention_in_float32(
+    q, k, v, mask=None, dropout=0.0, causal=False, *, scale=None, enable_gqa=False
+):
     with torch.autocast("cpu", enabled=False):
         q, k, v = q.float(), k.float(), v.float()
         mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa
+        )
     return y.to(torch.get_autocast_dtype("cpu"))
 
 
@@ -117,7 +135,9 @@ def compile_works(device):
     """Whether torch.compile works here, tried on one small function; prints why where it does not."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except Exception as error:  # no C++ compiler, no Triton, an unsupported Python: many types, one consequence
+    except (
+        Exception
+    ) as error:  # no C++ compiler, no Triton, an unsupported Python: many types, one consequence
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
         print(f"compile: does not work here, running eager ({reason})")
         return False
@@ -134,7 +154,9 @@ def peak_flops(device, dtype):
     """Dense peak of the device in FLOP/s: of a GPU by its data sheet, of a CPU measured; None where it is not known."""
     if device.type == "cpu":
         return measured_flops(dtype, torch.get_num_threads())
-    gpu = data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None  # Apple's have no name
+    gpu = (
+        data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    )  # Apple's have no name
     return getattr(gpu, str(dtype).removeprefix("torch."), None) or None
 
 
@@ -152,7 +174,9 @@ def measured_flops(dtype, threads):
 
 def synchronize(device):
     """Wait until the device has done all it was given, so that a clock tells the truth."""
-    {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": lambda: None}[device.type]()
+    {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": lambda: None}[
+        device.type
+    ]()
 
 
 def peak_memory(device):
@@ -162,12 +186,16 @@ def peak_memory(device):
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     status = Path("/proc/self/status")
-    if status.exists():  # Linux: what getrusage says there may be of the process that started this one
+    if (
+        status.exists()
+    ):  # Linux: what getrusage says there may be of the process that started this one
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return 1024 * int(line.split()[1])
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def pack(model, dtype=torch.float32):
@@ -178,7 +206,8 @@ def pack(model, dtype=torch.float32):
     Returns whether this torch has oneDNN for dtype; if not, nothing changes.
     """
     known = torch.backends.mkldnn.is_available() and (
-        dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
     if not known:
         return False
     for module in model.modules():

@@ -30,7 +30,9 @@ def rows_of(where, pick):
     """Of a model.Where some rows of the batch: a slice, or their numbers."""
     each = [where.position, where.mask, *(where.turn or ())] if where.position.dim() > 1 else []
     position, mask, *turn = [part if part is None else part[pick] for part in each] or where[:2]
-    return where._replace(position=position, mask=mask, turn=tuple(turn) or where.turn, idx=where.idx[pick])
+    return where._replace(
+        position=position, mask=mask, turn=tuple(turn) or where.turn, idx=where.idx[pick]
+    )
 
 
 def after_each_loop(model, idx, n_loop=None, shift=1, group=-1):
@@ -136,7 +138,13 @@ class GateExit(NamedTuple):
         return 1 - going >= self.threshold, (going,)
 
 
-EXITS = {"state": StateExit, "kl": KLExit, "entropy": EntropyExit, "argmax": ArgmaxExit, "gate": GateExit}
+EXITS = {
+    "state": StateExit,
+    "kl": KLExit,
+    "entropy": EntropyExit,
+    "argmax": ArgmaxExit,
+    "gate": GateExit,
+}
 
 
 def make_exit(model, rule, threshold):
@@ -145,12 +153,18 @@ def make_exit(model, rule, threshold):
         raise ValueError(f"exit_rule={rule!r}: must be one of {', '.join(EXITS)}")
     most = 1.0 if rule == "gate" else torch.inf
     if not (0 <= threshold <= most and threshold < torch.inf):
-        raise ValueError(f"automatic_loop_exit_threshold={threshold}: must be from 0 to {most} for exit_rule={rule}")
+        raise ValueError(
+            f"automatic_loop_exit_threshold={threshold}: must be from 0 to {most} for exit_rule={rule}"
+        )
     if not model.config.groups:
         raise ValueError("automatic_loop_exit: nothing is looped in this model")
     if rule == "gate" and model.config.exit_gate == "none":
         raise ValueError("exit_rule=gate: needs a model with a gate, exit_gate=state or mean_state")
-    return EXITS[rule](threshold, *([model.exit_gate] if rule == "gate" else [])) if threshold else None
+    return (
+        EXITS[rule](threshold, *([model.exit_gate] if rule == "gate" else []))
+        if threshold
+        else None
+    )
 
 
 # -----------------------------------------------------------------------------

@@ -40,13 +40,20 @@ def depth_sweep(model, x, y, loops, tokens_per_byte):
             logits, loss = model(xs, ys, n_loop=n)
             counted = (ys >= 0).sum().item()
             right = (logits.argmax(-1) == ys).sum().item()
-            row += torch.tensor([loss.item() * counted if counted else 0.0, right, counted], dtype=torch.float64)
+            row += torch.tensor(
+                [loss.item() * counted if counted else 0.0, right, counted], dtype=torch.float64
+            )
     loss, accuracy = (sums[:, :2] / sums[:, 2:]).T.numpy()
     bits = loss / math.log(2) * tokens_per_byte
     measured = {"loss": loss, "bits_per_byte": bits, "accuracy": accuracy}
     each = {name: values[1:] for name, values in measured.items()}
-    return {"loops": np.array(loops), "trained": trained_range(model.config), "configured": model.config.counts(),
-            **each, **{f"configured_{name}": values[0] for name, values in measured.items()}}
+    return {
+        "loops": np.array(loops),
+        "trained": trained_range(model.config),
+        "configured": model.config.counts(),
+        **each,
+        **{f"configured_{name}": values[0] for name, values in measured.items()},
+    }
 
 
 def trained_range(config):
@@ -86,7 +93,11 @@ def look(model, idx, group, n, top=5):
         states.append(state[0].float())
         probabilities.append(likeliest.values)
         tokens.append(likeliest.indices)
-    return torch.stack(states), torch.stack(tokens).cpu().numpy(), torch.stack(probabilities).cpu().numpy()
+    return (
+        torch.stack(states),
+        torch.stack(tokens).cpu().numpy(),
+        torch.stack(probabilities).cpu().numpy(),
+    )
 
 
 def pca(points):
@@ -110,10 +121,17 @@ def state_measures(states):
     norm = states.norm(dim=-1)  # (n, T)
     change = states.diff(dim=0).norm(dim=-1) / norm[1:]
     distance = (states[:-1] - states[-1]).norm(dim=-1) / norm[-1]
-    T, mean = states.size(1), F.normalize(states, dim=-1).mean(1)  # of directions: 1 long where all tokens agree
+    T, mean = (
+        states.size(1),
+        F.normalize(states, dim=-1).mean(1),
+    )  # of directions: 1 long where all tokens agree
     correlation = (T * mean.square().sum(-1) - 1) / (T - 1)
-    return {"change": band(change), "distance": band(distance), "norm": band(norm),
-            "correlation": correlation.cpu().numpy()}
+    return {
+        "change": band(change),
+        "distance": band(distance),
+        "norm": band(norm),
+        "correlation": correlation.cpu().numpy(),
+    }
 
 
 def band(values):
@@ -124,15 +142,22 @@ def band(values):
 
 @torch.no_grad()
 def residual_stream(model, idx, chosen):
-    """Chosen tokens of a text (1, T) as embedded and behind every pass, in two dimensions: points (1 + P, tokens, 2).
-    """
+    """Chosen tokens of a text (1, T) as embedded and behind every pass, in two dimensions: points (1 + P, tokens, 2)."""
     stream, T = [model.embed(idx)[0]], idx.size(1)
-    hooks = [block.register_forward_hook(lambda block, x, y: stream.append(y)) for block in model.transformer.h]
+    hooks = [
+        block.register_forward_hook(lambda block, x, y: stream.append(y))
+        for block in model.transformer.h
+    ]
     model(idx)
     for hook in hooks:
         hook.remove()
     points, share = pca(torch.cat(stream)[:, -T:][:, chosen].float())
-    return {"points": points, "share": share, "tokens": np.array(chosen), "passes": np.array(passes(model.config))}
+    return {
+        "points": points,
+        "share": share,
+        "tokens": np.array(chosen),
+        "passes": np.array(passes(model.config)),
+    }
 
 
 def passes(config):
@@ -149,17 +174,21 @@ def passes(config):
 
 THRESHOLDS = {
     "state": (0.0, *np.geomspace(1e-3, 1, 13)),  # |s - previous s| / |s|
-    "KL": (0.0, *np.geomspace(1e-5, 1, 16)),  # of the previous prediction from this one, nats (Huginn)
+    "KL": (
+        0.0,
+        *np.geomspace(1e-5, 1, 16),
+    ),  # of the previous prediction from this one, nats (Huginn)
     "entropy": (0.0, *np.geomspace(1e-4, 1, 13)),  # how far that of the prediction has moved, nats
     "argmax": (0.0, *(1 / np.arange(8, 0, -1))),  # 1/k: the likeliest token has stayed for k loops
-    "gate": tuple(np.linspace(0, 1, 11)),  # probability that the trained gate has not stopped yet (Ouro)
+    "gate": tuple(
+        np.linspace(0, 1, 11)
+    ),  # probability that the trained gate has not stopped yet (Ouro)
 }
 
 
 @torch.no_grad()
 def exit_course(model, x, y, group, n):
-    """Losses (n, tokens) of windows x, y (N, T) read out after each loop, and by criterion how unsettled, (n, tokens).
-    """
+    """Losses (n, tokens) of windows x, y (N, T) read out after each loop, and by criterion how unsettled, (n, tokens)."""
     parts = [course_of_batch(model, *part, group, n) for part in batches(model, x, y)]
     return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
 
@@ -186,7 +215,12 @@ def unsettled(before, now):
     """By how much (state, log-probabilities) of tokens has changed; under argmax the likeliest token itself."""
     (s, p), (s_new, p_new) = before, now
     more = (entropy(p_new) - entropy(p)).abs()
-    return {"state": state_change(s, s_new), "KL": kl(p, p_new), "entropy": more, "argmax": p_new.argmax(-1)}
+    return {
+        "state": state_change(s, s_new),
+        "KL": kl(p, p_new),
+        "entropy": more,
+        "argmax": p_new.argmax(-1),
+    }
 
 
 def steps_alike(values):
@@ -213,7 +247,9 @@ def exits(course):
         data[f"{name} threshold"] = np.array(THRESHOLDS[name])
         data[f"{name} loops"] = depths.mean(1)
         data[f"{name} loss"] = np.stack([losses[d - 1, np.arange(len(d))].mean() for d in depths])
-        data[f"{name} share"] = np.stack([np.bincount(d, minlength=len(losses) + 1)[1:] / len(d) for d in depths])
+        data[f"{name} share"] = np.stack(
+            [np.bincount(d, minlength=len(losses) + 1)[1:] / len(d) for d in depths]
+        )
     return data
 
 
@@ -254,7 +290,9 @@ def attention_summary(weights):
         "mean distance": (weights * distance).sum(-1).mean((0, 2)),
         "entropy": -(weights * weights.clamp_min(1e-30).log2()).sum(-1).mean((0, 2)),
         "on the first token": weights[:, :, 1:, 0].mean((0, 2)),
-        "by distance": torch.stack([(weights * part).sum(-1).mean((0, 2)) for part in bins], dim=-1),
+        "by distance": torch.stack(
+            [(weights * part).sum(-1).mean((0, 2)) for part in bins], dim=-1
+        ),
     }
 
 
@@ -270,12 +308,17 @@ def attention(model, x, known_ids, length):
     texts of that length, each twice in a row."""
     with Recorded(attention_summary) as summaries:
         model(x)
-    draw = torch.randint(known_ids, (8, length), generator=torch.Generator().manual_seed(0)).to(x.device)
+    draw = torch.randint(known_ids, (8, length), generator=torch.Generator().manual_seed(0)).to(
+        x.device
+    )
     with Recorded(induction_score) as scores:
         model(draw.repeat(1, 2))
     data = {name: torch.stack([row[name] for row in summaries.kept]) for name in summaries.kept[0]}
     data["induction"] = torch.stack(scores.kept)
-    return {**{name: values.cpu().numpy() for name, values in data.items()}, "passes": np.array(passes(model.config))}
+    return {
+        **{name: values.cpu().numpy() for name, values in data.items()},
+        "passes": np.array(passes(model.config)),
+    }
 
 
 @torch.no_grad()
@@ -292,7 +335,9 @@ def attention_maps(model, idx, chosen):
 
 def looped_matrices(model):
     """{(kind, block): matrix} of the Linear layers inside the loops; an injection counts by its group."""
-    blocks = {f"transformer.h.{number}": number for group in model.config.groups for number in group}
+    blocks = {
+        f"transformer.h.{number}": number for group in model.config.groups for number in group
+    }
     injections = {f"transformer.loops.{g}.inject": g for g in range(len(model.config.groups))}
     found = {}
     for name, module in model.named_modules():
@@ -309,7 +354,9 @@ def spectra(model, earlier, beta):
     data = {"beta": np.array(beta)}
     for (kind, block), matrix in looped_matrices(model).items():
         data[f"{kind}:{block}:now"] = torch.linalg.svdvals(matrix).cpu().numpy()
-        data[f"{kind}:{block}:clipped"] = torch.linalg.svdvals(spectral_clip(matrix, beta)).cpu().numpy()
+        data[f"{kind}:{block}:clipped"] = (
+            torch.linalg.svdvals(spectral_clip(matrix, beta)).cpu().numpy()
+        )
         if (kind, block) in then:
             data[f"{kind}:{block}:before"] = torch.linalg.svdvals(then[kind, block]).cpu().numpy()
     return data
@@ -325,7 +372,12 @@ MARKERS = "osD^vP*X"
 
 
 def style(i):
-    return {"color": COLOURS[i % 7], "linestyle": DASHES[i % 5], "marker": MARKERS[i % 8], "markersize": 4}
+    return {
+        "color": COLOURS[i % 7],
+        "linestyle": DASHES[i % 5],
+        "marker": MARKERS[i % 8],
+        "markersize": 4,
+    }
 
 
 def label(text):
@@ -337,7 +389,9 @@ def grid(rows, columns, width, height):
     """A figure and its axes (rows, columns), each width by height inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(4.5, columns * width), rows * height), layout="constrained", dpi=110)
+    figure = Figure(
+        figsize=(max(4.5, columns * width), rows * height), layout="constrained", dpi=110
+    )
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -353,7 +407,13 @@ def panels(count, columns, width, height):
 def legend(figure, axes):
     """One for the whole figure, under it."""
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, max(1, len(names))), fontsize="small")
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=min(4, max(1, len(names))),
+        fontsize="small",
+    )
 
 
 def of(run, runs, what=""):
@@ -390,22 +450,38 @@ def heat(figure, axes, values, x, y, title, unit, **limits):
 def name_ticks(axis, names, most=16):
     """Names of the rows or columns of a map, as many as can be read."""
     every = -(-len(names) // most)
-    axis.set_ticks(range(0, len(names), every), [label(name) for name in names[::every]], fontsize="small")
+    axis.set_ticks(
+        range(0, len(names), every), [label(name) for name in names[::every]], fontsize="small"
+    )
 
 
 def curves(entries):
     """The arrays of a log.jsonl: of training, of evaluation at the run's own depth, and what its loops gain on one."""
     steps = [entry for entry in entries if "loss" in entry]
     evaluated = [entry for entry in entries if "eval" in entry]
-    data = {"iter": [entry["iter"] for entry in steps], "eval iter": [entry["iter"] for entry in evaluated]}
-    data |= {name: [entry[name] for entry in steps] for name in ("loss", "lr", "loops", "tokens_per_second")}
+    data = {
+        "iter": [entry["iter"] for entry in steps],
+        "eval iter": [entry["iter"] for entry in evaluated],
+    }
+    data |= {
+        name: [entry[name] for entry in steps]
+        for name in ("loss", "lr", "loops", "tokens_per_second")
+    }
     own = [next(row for row in entry["eval"] if row["split"] == "val") for entry in evaluated]
-    data |= {"val loss": [row["loss"] for row in own], "val bits_per_byte": [row["bits_per_byte"] for row in own]}
+    data |= {
+        "val loss": [row["loss"] for row in own],
+        "val bits_per_byte": [row["bits_per_byte"] for row in own],
+    }
     return {name: np.array(values, dtype=float) for name, values in data.items()}
 
 
-CURVES = (("loss", "loss (nats/token)"), ("bits_per_byte", "validation (bits/byte)"), ("lr", "learning rate"),
-          ("loops", "loops (mean of a step)"), ("tokens_per_second", "tokens/s"))
+CURVES = (
+    ("loss", "loss (nats/token)"),
+    ("bits_per_byte", "validation (bits/byte)"),
+    ("lr", "learning rate"),
+    ("loops", "loops (mean of a step)"),
+    ("tokens_per_second", "tokens/s"),
+)
 
 
 def draw_curves(runs):
@@ -415,17 +491,28 @@ def draw_curves(runs):
         for i, (run, data) in enumerate(runs.items()):
             look = style(i)
             if name in data:
-                panel.plot(data["iter"], data[name], **look | {"marker": ""}, alpha=0.5 if name == "loss" else 1)
+                panel.plot(
+                    data["iter"],
+                    data[name],
+                    **look | {"marker": ""},
+                    alpha=0.5 if name == "loss" else 1,
+                )
             if f"val {name}" in data:
                 panel.plot(data["eval iter"], data[f"val {name}"], **look, label=label(run))
         name_axes(panel, "step", unit)
     axes[1, 2].set_axis_off()
     handles, names = axes[0, 0].get_legend_handles_labels()
-    axes[1, 2].legend(handles, names, loc="center", title="pale: training\nmarkers: validation", fontsize="small")
+    axes[1, 2].legend(
+        handles, names, loc="center", title="pale: training\nmarkers: validation", fontsize="small"
+    )
     return figure
 
 
-SWEEP = (("loss", "loss (nats/token)"), ("bits_per_byte", "bits/byte"), ("accuracy", "accuracy (share of tokens)"))
+SWEEP = (
+    ("loss", "loss (nats/token)"),
+    ("bits_per_byte", "bits/byte"),
+    ("accuracy", "accuracy (share of tokens)"),
+)
 
 
 def draw_sweep(runs):
@@ -433,9 +520,13 @@ def draw_sweep(runs):
     figure, axes = grid(1, 3, 3.2, 3)
     for panel, (name, unit) in zip(axes.flat, SWEEP):
         for i, (run, data) in enumerate(runs.items()):
-            seen = np.geomspace(data["trained"].min() / 1.05, data["trained"].max() * 1.05, 50)  # one depth shows too
+            seen = np.geomspace(
+                data["trained"].min() / 1.05, data["trained"].max() * 1.05, 50
+            )  # one depth shows too
             drawn = np.interp(np.log(seen), np.log(data["loops"]), data[name])
-            panel.plot(seen, drawn, color=COLOURS[i % 7], linewidth=9, alpha=0.3, solid_capstyle="round")
+            panel.plot(
+                seen, drawn, color=COLOURS[i % 7], linewidth=9, alpha=0.3, solid_capstyle="round"
+            )
             panel.plot(data["loops"], data[name], **style(i), label=label(run))
             place = np.mean(data["configured"]), data[f"configured_{name}"]
             panel.plot(*place, "*", color=COLOURS[i % 7], markersize=13, markeredgecolor="white")
@@ -452,7 +543,13 @@ def draw_trajectories(runs, texts):
         for i, text in enumerate(texts[run]):
             path = data["points"][:, i]
             panel.plot(*path.T, **style(i), linewidth=1, label=label(text))
-            panel.plot(*path[-1], marker=MARKERS[i % 8], color=COLOURS[i % 7], markersize=9, markeredgecolor="black")
+            panel.plot(
+                *path[-1],
+                marker=MARKERS[i % 8],
+                color=COLOURS[i % 7],
+                markersize=9,
+                markeredgecolor="black",
+            )
         name_axes(panel, *component_names(data["share"]), of(run, runs))
         panel.legend(fontsize="x-small")
     return figure
@@ -462,9 +559,12 @@ def component_names(share):
     return [f"component {i + 1} ({part:.0%} of variance)" for i, part in enumerate(share)]
 
 
-STATES = (("change", "change by the loop", "share of the norm"),
-          ("distance", "distance to the last", "share of the norm"),
-          ("norm", "norm", "norm"), ("correlation", "tokens alike", "mean cosine"))
+STATES = (
+    ("change", "change by the loop", "share of the norm"),
+    ("distance", "distance to the last", "share of the norm"),
+    ("norm", "norm", "norm"),
+    ("correlation", "tokens alike", "mean cosine"),
+)
 
 
 def draw_states(runs):
@@ -476,9 +576,13 @@ def draw_states(runs):
             loops = np.arange(values.shape[1]) + (2 if name == "change" else 1)
             panel.plot(loops, values[0], **style(i), label=label(run))
             if len(values) > 1:
-                panel.fill_between(loops, *values[1:], color=COLOURS[i % 7], alpha=0.15, linewidth=0)
+                panel.fill_between(
+                    loops, *values[1:], color=COLOURS[i % 7], alpha=0.15, linewidth=0
+                )
         name_axes(panel, "loop", unit, title)
-        moved = name in ("change", "distance") and any((data[name] > 0).any() for data in runs.values())
+        moved = name in ("change", "distance") and any(
+            (data[name] > 0).any() for data in runs.values()
+        )
         panel.set_yscale("log" if moved else "linear")
         whole_numbers(panel.xaxis)
     legend(figure, axes[0, 0])
@@ -494,15 +598,26 @@ def draw_residual(runs, texts):
             panel.plot(*path.T, color="0.75", linewidth=0.6, zorder=1)
             dots = panel.scatter(*path.T, c=depth, cmap="cividis", s=12, zorder=2)
             if len(texts[run]) <= 24:
-                panel.annotate(label(text), path[-1], fontsize="xx-small", xytext=(3, 2), textcoords="offset points")
+                panel.annotate(
+                    label(text),
+                    path[-1],
+                    fontsize="xx-small",
+                    xytext=(3, 2),
+                    textcoords="offset points",
+                )
         bar = figure.colorbar(dots, ax=panel, label="embedding, then behind block/loop")
         name_ticks(bar.ax.yaxis, ["embedding", *data["passes"]])
         name_axes(panel, *component_names(data["share"]), of(run, runs))
     return figure
 
 
-UNITS = {"state": "change of the state (share of norm)", "KL": "KL (nats)", "entropy": "change of entropy (nats)",
-         "argmax": "1 / loops without change", "gate": "gate: not stopped yet"}
+UNITS = {
+    "state": "change of the state (share of norm)",
+    "KL": "KL (nats)",
+    "entropy": "change of entropy (nats)",
+    "argmax": "1 / loops without change",
+    "gate": "gate: not stopped yet",
+}
 
 
 def draw_exits(runs):
@@ -511,7 +626,16 @@ def draw_exits(runs):
     figure, axes = panels(len(shown), 2, 4.5, 2.7)
     for panel, (run, name) in zip(axes, shown):
         share, thresholds = runs[run][f"{name} share"], runs[run][f"{name} threshold"]
-        heat(figure, panel, share, "loops", "threshold", of(run, runs, UNITS[name]), "share of tokens", vmin=0)
+        heat(
+            figure,
+            panel,
+            share,
+            "loops",
+            "threshold",
+            of(run, runs, UNITS[name]),
+            "share of tokens",
+            vmin=0,
+        )
         name_ticks(panel.yaxis, [f"{threshold:.2g}" for threshold in thresholds], 9)
         name_ticks(panel.xaxis, [str(i + 1) for i in range(share.shape[1])])
     return figure
@@ -522,28 +646,52 @@ def draw_pareto(runs):
     figure, axes = panels(len(runs), 2, 5, 3.8)
     for panel, (run, data) in zip(axes, runs.items()):
         fixed = data["fixed loss"]
-        panel.plot(np.arange(len(fixed)) + 1, fixed, **style(6) | {"marker": "."}, label="same loops for all")
+        panel.plot(
+            np.arange(len(fixed)) + 1,
+            fixed,
+            **style(6) | {"marker": "."},
+            label="same loops for all",
+        )
         for i, name in enumerate(name for name in UNITS if f"{name} loss" in data):
             panel.plot(data[f"{name} loops"], data[f"{name} loss"], **style(i), label=name)
         losses = np.concatenate([data[f"{name} loss"] for name in UNITS if f"{name} loss" in data])
         low, high = min(losses.min(), fixed.min()), losses.max()
-        panel.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low) + 1e-6)  # one loop alone is far above
+        panel.set_ylim(
+            low - 0.05 * (high - low), high + 0.1 * (high - low) + 1e-6
+        )  # one loop alone is far above
         name_axes(panel, "mean loops of a token", "loss (nats/token)", of(run, runs))
         powers_of_two(panel)
         panel.legend(fontsize="small")
     return figure
 
 
-ATTENTION = (("mean distance", "tokens"), ("entropy", "bits"), ("on the first token", "share"), ("induction", "share"))
+ATTENTION = (
+    ("mean distance", "tokens"),
+    ("entropy", "bits"),
+    ("on the first token", "share"),
+    ("induction", "share"),
+)
 
 
 def draw_attention(runs):
     """runs: {name: attention}. A column a run, a row a measure, on one scale; in each map a row a head."""
     figure, axes = grid(len(ATTENTION), len(runs), max(2.8, min(7, 10 / len(runs))), 2)
     for row, (name, unit) in zip(axes, ATTENTION):
-        top = max(0.1, *(data[name].max() for data in runs.values()))  # less than a tenth is nothing
+        top = max(
+            0.1, *(data[name].max() for data in runs.values())
+        )  # less than a tenth is nothing
         for panel, (run, data) in zip(row, runs.items()):
-            heat(figure, panel, data[name].T, "block/loop", "head", of(run, runs, name), unit, vmin=0, vmax=top)
+            heat(
+                figure,
+                panel,
+                data[name].T,
+                "block/loop",
+                "head",
+                of(run, runs, name),
+                unit,
+                vmin=0,
+                vmax=top,
+            )
             name_ticks(panel.xaxis, data["passes"])
             whole_numbers(panel.yaxis)
     return figure
@@ -551,16 +699,30 @@ def draw_attention(runs):
 
 def draw_distances(runs):
     """runs: {name: attention}. Share of attention by distance (columns), a row a head of a pass."""
-    rows = max(data["by distance"].shape[0] * data["by distance"].shape[1] for data in runs.values())
+    rows = max(
+        data["by distance"].shape[0] * data["by distance"].shape[1] for data in runs.values()
+    )
     figure, axes = panels(len(runs), 2, 6, min(12, max(3.2, 0.14 * rows)))
     for panel, (run, data) in zip(axes, runs.items()):
         shares = data["by distance"]  # (P, H, bins)
-        heat(figure, panel, shares.reshape(-1, shares.shape[2]), "distance (tokens)", "block/loop, a row a head",
-             of(run, runs), "share of attention", vmin=0)
+        heat(
+            figure,
+            panel,
+            shares.reshape(-1, shares.shape[2]),
+            "distance (tokens)",
+            "block/loop, a row a head",
+            of(run, runs),
+            "share of attention",
+            vmin=0,
+        )
         ranges = ["0", "1", *(f"{2**i}-{2 ** (i + 1) - 1}" for i in range(1, shares.shape[2] - 1))]
         name_ticks(panel.xaxis, ranges)
         every, heads = -(-len(shares) // 24), shares.shape[1]
-        panel.set_yticks(np.arange(0, len(shares), every) * heads - 0.5, data["passes"][::every], fontsize="small")
+        panel.set_yticks(
+            np.arange(0, len(shares), every) * heads - 0.5,
+            data["passes"][::every],
+            fontsize="small",
+        )
     return figure
 
 
@@ -568,11 +730,22 @@ def draw_maps(weights, texts):
     """weights (H, T, T) of one pass: a map a head, from the token of the row to that of the column."""
     from matplotlib.colors import PowerNorm
 
-    texts = ["shift"] * (weights.shape[-1] - len(texts)) + texts  # the token that predict_ahead puts before them
+    texts = ["shift"] * (
+        weights.shape[-1] - len(texts)
+    ) + texts  # the token that predict_ahead puts before them
     figure, axes = panels(len(weights), 2 if len(weights) < 5 else 3, 3.8, 3.5)
     for head, (panel, map_) in enumerate(zip(axes, weights)):
         scale = PowerNorm(0.5, 0, weights.max())
-        heat(figure, panel, map_, "to token", "from token", f"head {head}", "share of attention", norm=scale)
+        heat(
+            figure,
+            panel,
+            map_,
+            "to token",
+            "from token",
+            f"head {head}",
+            "share of attention",
+            norm=scale,
+        )
         if len(texts) <= 24:
             name_ticks(panel.xaxis, texts, 24)
             name_ticks(panel.yaxis, texts, 24)
@@ -580,12 +753,20 @@ def draw_maps(weights, texts):
     return figure
 
 
-WHEN = {"before": dict(linestyle=":", alpha=0.8), "now": dict(linestyle="-"), "clipped": dict(linestyle="--")}
+WHEN = {
+    "before": dict(linestyle=":", alpha=0.8),
+    "now": dict(linestyle="-"),
+    "clipped": dict(linestyle="--"),
+}
 
 
 def draw_spectra(runs):
     """runs: {name: spectra}. A panel a kind of matrix, a colour a block; dotted before, dashed clipped."""
-    shown = list(dict.fromkeys((run, key.split(":")[0]) for run, data in runs.items() for key in data if ":" in key))
+    shown = list(
+        dict.fromkeys(
+            (run, key.split(":")[0]) for run, data in runs.items() for key in data if ":" in key
+        )
+    )
     figure, axes = panels(len(shown), 3, 3.2, 2.6)
     for panel, (run, kind) in zip(axes, shown):
         keys = [key for key in runs[run] if key.startswith(f"{kind}:")]

@@ -15,7 +15,10 @@ def divide(model, device, dtype):
     """Leave this process its share of a GPT, on its device; it computes in dtype and sums gradients in float32."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for part in (*model.transformer.h, model):  # what is in no block is gathered for the whole of model.run
+    for part in (
+        *model.transformer.h,
+        model,
+    ):  # what is in no block is gathered for the whole of model.run
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.run = run
     register_fsdp_forward_method(model, "run")
@@ -47,7 +50,14 @@ def divided(optimizer, state):
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def share(moment, p):
-        return distribute_tensor(moment, p.device_mesh, p.placements, src_data_rank=None) if moment.dim() else moment
+        return (
+            distribute_tensor(moment, p.device_mesh, p.placements, src_data_rank=None)
+            if moment.dim()
+            else moment
+        )
 
-    shares = {i: {name: share(m, params[i]) for name, m in part.items()} for i, part in state["state"].items()}
+    shares = {
+        i: {name: share(m, params[i]) for name, m in part.items()}
+        for i, part in state["state"].items()
+    }
     return {**state, "state": shares}

@@ -20,7 +20,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-LEAST = dict.fromkeys("block_size vocab_size n_layer n_head n_embd n_loop max_loops max_shift n_ahead".split(), 1)
+LEAST = dict.fromkeys(
+    "block_size vocab_size n_layer n_head n_embd n_loop max_loops max_shift n_ahead".split(), 1
+)
 LEAST |= dict.fromkeys(("mlp_scale", "rope_base", "embedding_scale", "label_shift_prob"), 1e-9)
 LEAST |= {"document_separator": -1}  # the least value of a number, where it is not 0
 
@@ -48,7 +50,9 @@ class GPTConfig:
     mlp_scale: float = 1.0  # of the activations (Parcae: 0.5)
     qk_norm: str = "none"  # none, head (of each: Qwen3), width (of all: OLMo-2), rotated (each after rope: Parcae)
     qk_bias: bool = False  # learned bias of queries and keys (Huginn)
-    value_embedding: bool = False  # every other block adds a gated embedding of the token to its values (Parcae)
+    value_embedding: bool = (
+        False  # every other block adds a gated embedding of the token to its values (Parcae)
+    )
     rope_base: float = 10000.0
     rope_scaling: tuple = ()  # Llama 3's: factor, low and high frequency factor, original context
     norm_place: str = "pre"  # pre, post (of the branch: OLMo-2), branch (both: Ouro), sum (pre and of the sum: Huginn)
@@ -59,7 +63,9 @@ class GPTConfig:
     tie_weights: bool = True  # the head is the embedding
     logit_softcap: float = 0.0  # cap * tanh(logits / cap); 0: off
     init: str = "gpt2"  # gpt2, small (outputs by effective depth: Huginn), orthogonal (outputs zero: Parcae)
-    document_separator: int = -1  # token id that ends a document, beyond which attention does not look; -1: none
+    document_separator: int = (
+        -1
+    )  # token id that ends a document, beyond which attention does not look; -1: none
     # what is looped
     n_prelude: int = 0  # blocks before the core
     n_block: int = 0  # blocks of the core, looped together; 0: a plain GPT or loop_groups
@@ -70,21 +76,35 @@ class GPTConfig:
     max_loops: int = 64  # bound of sampled depth, rows of the learned loop embedding
     use_model_baseline: bool = False  # the control: the same blocks with nothing looped
     # how it is looped
-    input_injection: str = "inject"  # passthrough, add, inject, diagonal, residual: how the input comes in
-    residual_share: float = 0.1  # what input_injection=residual adds of the group's input after each loop
+    input_injection: str = (
+        "inject"  # passthrough, add, inject, diagonal, residual: how the input comes in
+    )
+    residual_share: float = (
+        0.1  # what input_injection=residual adds of the group's input after each loop
+    )
     state_init: str = "input"  # input, zero, noise: the state before the first loop
-    loop_noise_scale: float = 0.0  # training noise before the first loop, in units of sqrt(2 / (5 n_embd))
+    loop_noise_scale: float = (
+        0.0  # training noise before the first loop, in units of sqrt(2 / (5 n_embd))
+    )
     loop_norm: str = "rmsnorm"  # none, rmsnorm: norm of the state after each loop
     loop_embedding: str = "none"  # none, learned, sinusoidal: tells the blocks which loop it is
     loop_entry: str = "none"  # none, rmsnorm: norm of the group's input (Parcae)
-    loop_exit: str = "none"  # none, linear (Parcae), final_norm (ln_f once more: Huginn): after the last loop
-    exit_gate: str = "none"  # none, state (Ouro), mean_state (of the tokens so far): learns when to stop looping
+    loop_exit: str = (
+        "none"  # none, linear (Parcae), final_norm (ln_f once more: Huginn): after the last loop
+    )
+    exit_gate: str = (
+        "none"  # none, state (Ouro), mean_state (of the tokens so far): learns when to stop looping
+    )
     loop_sampling: str = "fixed"  # fixed, uniform, geometric, poisson: loops of a training step
     bptt_k: int = 0  # gradient through the last k loops only; 0: through all
     # what it predicts
-    predict_ahead: bool = False  # how far ahead is drawn for each sequence, and told by a token before the input
+    predict_ahead: bool = (
+        False  # how far ahead is drawn for each sequence, and told by a token before the input
+    )
     max_shift: int = 4  # farthest
-    label_shift_prob: float = 0.5  # chance of stopping at the next token, else at the one after it, and so on
+    label_shift_prob: float = (
+        0.5  # chance of stopping at the next token, else at the one after it, and so on
+    )
     n_ahead: int = 1  # heads, each for a token further ahead (arXiv 2404.19737)
 
     def __post_init__(self):
@@ -105,40 +125,101 @@ class GPTConfig:
     def _check_shape(self):
         for name in (field.name for field in fields(self) if field.type in (int, float)):
             least = LEAST.get(name, 0)
-            self._require(name, least <= getattr(self, name) < math.inf, f"finite and at least {least}")
-        self._require("document_separator", self.document_separator < self.vocab_size, "-1 or a token id")
+            self._require(
+                name, least <= getattr(self, name) < math.inf, f"finite and at least {least}"
+            )
+        self._require(
+            "document_separator", self.document_separator < self.vocab_size, "-1 or a token id"
+        )
         self._require("dropout", self.dropout < 1, "at least 0 and less than 1")
         self._require("label_shift_prob", self.label_shift_prob <= 1, "more than 0 and at most 1")
         alone = self.document_separator < 0 and not self.value_embedding or not self.predict_ahead
-        self._require("predict_ahead", alone, "False with document_separator, value_embedding: its token has no id")
-        self._require("n_embd", self.head_size or self.n_embd % self.n_head == 0, f"a multiple of n_head={self.n_head}")
-        self._require("n_kv_head", self.n_head % (self.n_kv_head or 1) == 0, f"0 or a divisor of n_head={self.n_head}")
+        self._require(
+            "predict_ahead",
+            alone,
+            "False with document_separator, value_embedding: its token has no id",
+        )
+        self._require(
+            "n_embd",
+            self.head_size or self.n_embd % self.n_head == 0,
+            f"a multiple of n_head={self.n_head}",
+        )
+        self._require(
+            "n_kv_head",
+            self.n_head % (self.n_kv_head or 1) == 0,
+            f"0 or a divisor of n_head={self.n_head}",
+        )
         mha = self.attention == "mha"
-        self._require("attention", mha or (self.n_kv_head, self.qk_norm, self.qk_bias, self.value_embedding)
-                      == (0, "none", False, False), "mha with n_kv_head, qk_norm, qk_bias or value_embedding")
+        self._require(
+            "attention",
+            mha
+            or (self.n_kv_head, self.qk_norm, self.qk_bias, self.value_embedding)
+            == (0, "none", False, False),
+            "mha with n_kv_head, qk_norm, qk_bias or value_embedding",
+        )
         even = self.position != "rope" or self.size % (2 if mha else 4) == 0
         self._require("position", even, f"another one with heads of {self.size} channels")
-        self._require("n_embd", self.n_embd % 2 == 0 or self.loop_embedding != "sinusoidal", "even for sinusoids")
-        self._require("rope_scaling", len(self.rope_scaling) in (0, 4), "() or factor, low, high, original context")
+        self._require(
+            "n_embd",
+            self.n_embd % 2 == 0 or self.loop_embedding != "sinusoidal",
+            "even for sinusoids",
+        )
+        self._require(
+            "rope_scaling",
+            len(self.rope_scaling) in (0, 4),
+            "() or factor, low, high, original context",
+        )
 
     def _check_loops(self):
         looped = bool(self.n_block or self.loop_groups)
-        self._require("n_block", self.n_block or not self.n_prelude + self.n_coda, "at least 1 with a prelude or coda")
-        self._require("loop_groups", not (self.n_block and self.loop_groups), "() when n_block says what is looped")
-        groups = [list(group) if isinstance(group, (tuple, list)) else [] for group in self.loop_groups]
+        self._require(
+            "n_block",
+            self.n_block or not self.n_prelude + self.n_coda,
+            "at least 1 with a prelude or coda",
+        )
+        self._require(
+            "loop_groups",
+            not (self.n_block and self.loop_groups),
+            "() when n_block says what is looped",
+        )
+        groups = [
+            list(group) if isinstance(group, (tuple, list)) else [] for group in self.loop_groups
+        ]
         flat = [block for group in groups for block in group]
-        known = all(type(block) is int for block in flat) and flat == sorted({*flat} & {*range(self.n_layer)})
+        known = all(type(block) is int for block in flat) and flat == sorted(
+            {*flat} & {*range(self.n_layer)}
+        )
         fits = known and all(group and group[-1] - group[0] == len(group) - 1 for group in groups)
-        self._require("loop_groups", fits, f"ascending runs of blocks below n_layer={self.n_layer}, as [[0,1],[3]]")
+        self._require(
+            "loop_groups",
+            fits,
+            f"ascending runs of blocks below n_layer={self.n_layer}, as [[0,1],[3]]",
+        )
         n_groups = len(self.loop_groups) or int(looped)
-        self._require("loop_counts", len(self.loop_counts) in (0, n_groups), f"() or one count for each of {n_groups}")
+        self._require(
+            "loop_counts",
+            len(self.loop_counts) in (0, n_groups),
+            f"() or one count for each of {n_groups}",
+        )
         bounded = all(type(n) is int and 1 <= n <= self.max_loops for n in self.loop_counts)
         self._require("loop_counts", bounded, f"counts from 1 to max_loops={self.max_loops}")
-        most, why = (self.max_loops, "max_loops") if looped and not self.loop_counts else (1, "no loop, or loop_counts")
+        most, why = (
+            (self.max_loops, "max_loops")
+            if looped and not self.loop_counts
+            else (1, "no loop, or loop_counts")
+        )
         self._require("n_loop", self.n_loop <= most, f"at most {most} ({why})")
-        self._require("exit_gate", looped or self.exit_gate == "none", "none where nothing is looped")
-        seen = self.input_injection != "passthrough" or (self.state_init == "input" and not self.bptt_k)
-        self._require("input_injection", seen, "another one with this state_init or bptt_k: else no gradient gets out")
+        self._require(
+            "exit_gate", looped or self.exit_gate == "none", "none where nothing is looped"
+        )
+        seen = self.input_injection != "passthrough" or (
+            self.state_init == "input" and not self.bptt_k
+        )
+        self._require(
+            "input_injection",
+            seen,
+            "another one with this state_init or bptt_k: else no gradient gets out",
+        )
 
     @property
     def size(self) -> int:
@@ -153,7 +234,9 @@ class GPTConfig:
     @property
     def n_effective(self) -> int:
         """Blocks that a token passes, each counted as often."""
-        return self.n_physical + sum((n - 1) * len(group) for n, group in zip(self.counts(), self.groups))
+        return self.n_physical + sum(
+            (n - 1) * len(group) for n, group in zip(self.counts(), self.groups)
+        )
 
     @property
     def n_physical(self) -> int:
@@ -163,7 +246,11 @@ class GPTConfig:
     @property
     def groups(self) -> tuple:
         """The looped groups of blocks, whichever way they were spelt: ((0, 1), (3,))."""
-        core = [range(self.n_prelude, self.n_prelude + self.n_block)] if self.n_block else self.loop_groups
+        core = (
+            [range(self.n_prelude, self.n_prelude + self.n_block)]
+            if self.n_block
+            else self.loop_groups
+        )
         return () if self.use_model_baseline else tuple(map(tuple, core))
 
     @property
@@ -179,8 +266,12 @@ class GPTConfig:
             n_loop = self.loop_counts if self.loop_counts and self.groups else self.n_loop
         each = isinstance(n_loop, (tuple, list))
         counts = tuple(n_loop) if each else (n_loop,)
-        if not all(type(n) is int and n >= 1 for n in counts) or (each and len(counts) != len(self.groups)):
-            raise ValueError(f"n_loop={n_loop!r}: must be an int >= 1, or one for each of {len(self.groups)} groups")
+        if not all(type(n) is int and n >= 1 for n in counts) or (
+            each and len(counts) != len(self.groups)
+        ):
+            raise ValueError(
+                f"n_loop={n_loop!r}: must be an int >= 1, or one for each of {len(self.groups)} groups"
+            )
         return counts if each else counts * len(self.groups)
 
 
@@ -189,11 +280,17 @@ class GPTConfig:
 
 
 class Where(NamedTuple):
-    position: torch.Tensor  # (T,), or (B, T) where rows differ, counted from the start of the document
-    mask: torch.Tensor | None = None  # (.., T, S), True where a token may look; None: at itself and all before it
+    position: (
+        torch.Tensor
+    )  # (T,), or (B, T) where rows differ, counted from the start of the document
+    mask: torch.Tensor | None = (
+        None  # (.., T, S), True where a token may look; None: at itself and all before it
+    )
     turn: tuple | None = None  # of rotary positions: cos and sin (.., 1, T, D/2)
     idx: torch.Tensor | None = None  # (B, T), the tokens themselves
-    cache: object = None  # keys and values of S - T tokens before them: extend(k, v) -> k, v of all S
+    cache: object = (
+        None  # keys and values of S - T tokens before them: extend(k, v) -> k, v of all S
+    )
 
 
 def one_document(x, idx):
@@ -204,7 +301,9 @@ def one_document(x, idx):
 def documents(x, idx, separator):
     """Position and mask where a window holds texts, each ended by the separator, each read as if it stood alone."""
     if idx.is_floating_point():
-        raise ValueError("document_separator: documents are told apart in tokens, not in embeddings")
+        raise ValueError(
+            "document_separator: documents are told apart in tokens, not in embeddings"
+        )
     place = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
     first = F.pad(idx == separator, (1, -1))  # (B, T): right after a separator
     start = torch.where(first, place, 0).cummax(1).values
@@ -213,9 +312,13 @@ def documents(x, idx, separator):
 
 
 NORM = {
-    "layernorm": lambda config: nn.LayerNorm(config.n_embd, config.norm_eps or 1e-5, bias=config.bias),
+    "layernorm": lambda config: nn.LayerNorm(
+        config.n_embd, config.norm_eps or 1e-5, bias=config.bias
+    ),
     "rmsnorm": lambda config, width=0: nn.RMSNorm(width or config.n_embd, config.norm_eps or None),
-    "weightless": lambda config: nn.RMSNorm(config.n_embd, config.norm_eps or None, elementwise_affine=False),
+    "weightless": lambda config: nn.RMSNorm(
+        config.n_embd, config.norm_eps or None, elementwise_affine=False
+    ),
 }
 
 
@@ -236,7 +339,9 @@ class RotaryTable(nn.Module):
         super().__init__()
         size = config.size // 2 if config.attention == "mla" else config.size
         frequencies = config.rope_base ** (-torch.arange(0, size, 2) / size)
-        if config.rope_scaling:  # slow ones divided by factor, fast ones kept, blended between (Llama 3.1)
+        if (
+            config.rope_scaling
+        ):  # slow ones divided by factor, fast ones kept, blended between (Llama 3.1)
             factor, low, high, context = config.rope_scaling
             kept = ((context * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
             frequencies = frequencies * (kept + (1 - kept) / factor)
@@ -290,7 +395,10 @@ QK_NORM = {  # (config, heads) -> norm before the rotation, after it
     "none": (lambda config, heads: Keep(config), Keep),
     "head": (lambda config, heads: NORM["rmsnorm"](config, config.size), Keep),
     "width": (lambda config, heads: WidthNorm(heads * config.size, config.norm_eps or None), Keep),
-    "rotated": (lambda config, heads: Keep(config), lambda config: nn.RMSNorm(config.size, elementwise_affine=False)),
+    "rotated": (
+        lambda config, heads: Keep(config),
+        lambda config: nn.RMSNorm(config.size, elementwise_affine=False),
+    ),
 }
 
 
@@ -314,18 +422,30 @@ class Attention(nn.Module):
         super().__init__()
         self.size, self.dropout = config.size, config.dropout
         self.heads = H, K, _ = (config.n_head, *2 * (config.n_kv_head or config.n_head,))
-        self.c_attn = nn.Linear(config.n_embd, (H + 2 * K) * config.size, bias=config.bias)  # queries, keys and values
+        self.c_attn = nn.Linear(
+            config.n_embd, (H + 2 * K) * config.size, bias=config.bias
+        )  # queries, keys and values
         self.c_proj = nn.Linear(H * config.size, config.n_embd, bias=config.bias)
-        self.n_products = 2 * H * config.size  # multiply-adds for each pair of tokens: scores, and values by them
+        self.n_products = (
+            2 * H * config.size
+        )  # multiply-adds for each pair of tokens: scores, and values by them
         before, after = QK_NORM[config.qk_norm]
         self.q_norm, self.k_norm, self.qk_norm = before(config, H), before(config, K), after(config)
-        self.q_bias, self.k_bias = (Bias(config, heads) if config.qk_bias else Keep(config) for heads in (H, K))
-        chosen = number % 2 == (config.n_physical - 1) % 2  # the last block and every other before it
-        self.value = ValueEmbedding(config, K) if config.value_embedding and chosen else Keep(config)
+        self.q_bias, self.k_bias = (
+            Bias(config, heads) if config.qk_bias else Keep(config) for heads in (H, K)
+        )
+        chosen = (
+            number % 2 == (config.n_physical - 1) % 2
+        )  # the last block and every other before it
+        self.value = (
+            ValueEmbedding(config, K) if config.value_embedding and chosen else Keep(config)
+        )
         self.rotate = POSITION[config.position][1](config)
 
     def forward(self, x, where):
-        q, k, v = self.c_attn(x).unflatten(-1, (-1, self.size)).split(self.heads, dim=-2)  # (B, T, H, D)
+        q, k, v = (
+            self.c_attn(x).unflatten(-1, (-1, self.size)).split(self.heads, dim=-2)
+        )  # (B, T, H, D)
         q, k, v = self.q_norm(self.q_bias(q)), self.k_norm(self.k_bias(k)), self.value(v, x, where)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
         q, k = (self.qk_norm(self.rotate(part, where)) for part in (q, k))
@@ -337,7 +457,9 @@ class Attention(nn.Module):
 
 def attend(q, k, v, where, dropout, scale=None):
     few, causal = k.size(1) != q.size(1), where.mask is None
-    return F.scaled_dot_product_attention(q, k, v, where.mask, dropout, causal, scale=scale, enable_gqa=few)
+    return F.scaled_dot_product_attention(
+        q, k, v, where.mask, dropout, causal, scale=scale, enable_gqa=few
+    )
 
 
 class LatentAttention(nn.Module):
@@ -347,8 +469,16 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config, number=0):
         super().__init__()
-        self.size, self.n_latent, self.dropout = config.size, config.n_latent or config.n_embd // 2, config.dropout
-        self.turning, C, H = config.size // 2 * (config.position == "rope"), config.n_embd, config.n_head
+        self.size, self.n_latent, self.dropout = (
+            config.size,
+            config.n_latent or config.n_embd // 2,
+            config.dropout,
+        )
+        self.turning, C, H = (
+            config.size // 2 * (config.position == "rope"),
+            config.n_embd,
+            config.n_head,
+        )
         self.c_q = nn.Linear(C, H * (self.size + self.turning), bias=config.bias)
         self.c_latent = nn.Linear(C, self.n_latent + self.turning, bias=config.bias)
         self.ln_latent = NORM["rmsnorm"](config, self.n_latent)
@@ -358,9 +488,13 @@ class LatentAttention(nn.Module):
         self.rotate = POSITION[config.position][1](config)
 
     def forward(self, x, where):
-        q = self.c_q(x).unflatten(-1, (-1, self.size + self.turning)).transpose(1, 2)  # (B, H, T, D + turning)
+        q = (
+            self.c_q(x).unflatten(-1, (-1, self.size + self.turning)).transpose(1, 2)
+        )  # (B, H, T, D + turning)
         q, q_turned = q.split((self.size, self.turning), dim=-1)
-        latent, k_turned = self.c_latent(x).unsqueeze(1).split((self.n_latent, self.turning), dim=-1)  # (B, 1, T, ..)
+        latent, k_turned = (
+            self.c_latent(x).unsqueeze(1).split((self.n_latent, self.turning), dim=-1)
+        )  # (B, 1, T, ..)
         q_turned, k_turned = self.rotate(q_turned, where), self.rotate(k_turned, where)
         way = self.expanded if where.cache is None else self.absorbed
         y = way(q, q_turned, self.ln_latent(latent), k_turned, where)  # (B, H, T, D)
@@ -374,10 +508,14 @@ class LatentAttention(nn.Module):
         return attend(q, k, v, where, self.dropout * self.training)
 
     def absorbed(self, q, q_turned, latent, k_turned, where):
-        up_k, up_v = self.c_up.weight.view(-1, 2 * self.size, self.n_latent).chunk(2, dim=1)  # (H, D, n_latent)
+        up_k, up_v = self.c_up.weight.view(-1, 2 * self.size, self.n_latent).chunk(
+            2, dim=1
+        )  # (H, D, n_latent)
         latent, k_turned = where.cache.extend(latent, k_turned)
         q, k = torch.cat((q @ up_k, q_turned), dim=-1), torch.cat((latent, k_turned), dim=-1)
-        y = attend(q, k, latent, where, 0.0, scale=(self.size + self.turning) ** -0.5)  # (B, H, T, n_latent)
+        y = attend(
+            q, k, latent, where, 0.0, scale=(self.size + self.turning) ** -0.5
+        )  # (B, H, T, n_latent)
         return y @ up_v.mT
 
 
@@ -406,8 +544,12 @@ def swiglu(x):
 
 MLP = {
     "gelu": lambda config: FeedForward(config, F.gelu),
-    "gelu_tanh": lambda config: FeedForward(config, lambda x: F.gelu(x, approximate="tanh")),  # as GPT-2 was released
-    "relu2": lambda config: FeedForward(config, lambda x: F.relu(x).square()),  # Primer, arXiv 2109.08668
+    "gelu_tanh": lambda config: FeedForward(
+        config, lambda x: F.gelu(x, approximate="tanh")
+    ),  # as GPT-2 was released
+    "relu2": lambda config: FeedForward(
+        config, lambda x: F.relu(x).square()
+    ),  # Primer, arXiv 2109.08668
     "swiglu": lambda config: FeedForward(config, swiglu, fan=2),
 }
 
@@ -420,7 +562,10 @@ class Block(nn.Module):
 
     def __init__(self, config, number=0):
         super().__init__()
-        kinds = [NORM[config.norm] if p in NORM_PLACE[config.norm_place] else Keep for p in ("", "_out", "_sum")]
+        kinds = [
+            NORM[config.norm] if p in NORM_PLACE[config.norm_place] else Keep
+            for p in ("", "_out", "_sum")
+        ]
         self.ln_1, self.ln_1_out, self.ln_1_sum = (kind(config) for kind in kinds)
         self.attn = ATTENTION[config.attention](config, number)
         self.ln_2, self.ln_2_out, self.ln_2_sum = (kind(config) for kind in kinds)
@@ -460,7 +605,9 @@ class Diagonal(nn.Linear):
 
     def init(self):
         nn.init.eye_(self.weight)  # B
-        nn.init.constant_(self.dt_bias, math.log(math.expm1(math.log(5) / 2)))  # a decay of sqrt(1 / 5)
+        nn.init.constant_(
+            self.dt_bias, math.log(math.expm1(math.log(5) / 2))
+        )  # a decay of sqrt(1 / 5)
 
 
 INJECTION = {  # (s, e) -> s before the blocks, and after them
@@ -483,15 +630,25 @@ class NoiseState(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.std = small_std(config) * config.embedding_scale
-        fixed = torch.randn(config.n_position, config.n_embd, generator=torch.Generator().manual_seed(0))
+        fixed = torch.randn(
+            config.n_position, config.n_embd, generator=torch.Generator().manual_seed(0)
+        )
         self.register_buffer("fixed", fixed, persistent=False)
 
     def forward(self, e, where):
-        noise = torch.randn_like(e) if self.training else self.fixed[where.position].to(e.dtype).expand_as(e)
+        noise = (
+            torch.randn_like(e)
+            if self.training
+            else self.fixed[where.position].to(e.dtype).expand_as(e)
+        )
         return self.std * noise
 
 
-STATE_INIT = {"input": Keep, "zero": lambda config: lambda e, where: torch.zeros_like(e), "noise": NoiseState}
+STATE_INIT = {
+    "input": Keep,
+    "zero": lambda config: lambda e, where: torch.zeros_like(e),
+    "noise": NoiseState,
+}
 
 
 class LoopNoise(nn.Module):
@@ -534,7 +691,9 @@ LOOP_EMBEDDING = {
 LOOP_EXIT = {
     "none": Keep,
     "linear": lambda config, ln_f: nn.Linear(config.n_embd, config.n_embd, bias=False),
-    "final_norm": lambda config, ln_f: ln_f.forward,  # a method, not the module: its parameters stay the model's
+    "final_norm": lambda config, ln_f: (
+        ln_f.forward
+    ),  # a method, not the module: its parameters stay the model's
 }
 
 
@@ -543,13 +702,18 @@ class Loop(nn.Module):
 
     def __init__(self, config, blocks, ln_f):
         super().__init__()
-        self.blocks = tuple(blocks)  # a tuple, not a ModuleList: their parameters belong to transformer.h
+        self.blocks = tuple(
+            blocks
+        )  # a tuple, not a ModuleList: their parameters belong to transformer.h
         self.init_state = STATE_INIT[config.state_init](config)
         self.noise = LoopNoise(config) if config.loop_noise_scale else Keep(config)
         self.inject, self.after = (part(config) for part in INJECTION[config.input_injection])
         self.index = LOOP_EMBEDDING[config.loop_embedding](config)
         self.norm = LOOP_NORM[config.loop_norm](config)
-        self.entry, self.exit = LOOP_NORM[config.loop_entry](config), LOOP_EXIT[config.loop_exit](config, ln_f)
+        self.entry, self.exit = (
+            LOOP_NORM[config.loop_entry](config),
+            LOOP_EXIT[config.loop_exit](config, ln_f),
+        )
         self.bptt_k = config.bptt_k or math.inf
 
     def step(self, s, e, i, where):
@@ -581,7 +745,9 @@ def poisson(mean, generator, sigma=0.5):
 LOOP_SAMPLING = {  # loops of a training step: (mean, generator) -> int >= 1
     "fixed": lambda mean, generator: mean,
     "uniform": lambda mean, generator: int(torch.randint(1, 2 * mean, (1,), generator=generator)),
-    "geometric": lambda mean, generator: int(torch.empty(1).geometric_(min(1 / mean, 1 - 1e-9), generator=generator)),
+    "geometric": lambda mean, generator: int(
+        torch.empty(1).geometric_(min(1 / mean, 1 - 1e-9), generator=generator)
+    ),
     "poisson": poisson,
 }
 
@@ -597,7 +763,9 @@ class MeanGate(nn.Linear):
     """Linear of the mean state of the tokens so far, s (B, T, C)."""
 
     def forward(self, s):
-        return super().forward(s.cumsum(1) / torch.arange(1, s.size(1) + 1, device=s.device)[:, None])
+        return super().forward(
+            s.cumsum(1) / torch.arange(1, s.size(1) + 1, device=s.device)[:, None]
+        )
 
 
 EXIT_GATE = {  # whether to stop after a loop, as a logit (B, T, 1)
@@ -629,7 +797,9 @@ def shift_labels(targets, shift):
     """The tokens shift ahead, from the next ones, targets (B, T); -1 where the window has none. shift: int or (B,)."""
     shift = torch.as_tensor(shift, device=targets.device).expand(targets.size(0))
     source = torch.arange(targets.size(1), device=targets.device) + shift[:, None] - 1  # (B, T)
-    return targets.gather(1, source.clamp(max=targets.size(1) - 1)).masked_fill(source >= targets.size(1), -1)
+    return targets.gather(1, source.clamp(max=targets.size(1) - 1)).masked_fill(
+        source >= targets.size(1), -1
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -637,16 +807,37 @@ def shift_labels(targets, shift):
 
 
 INIT = {  # how a matrix is filled, its std, and that of one whose outputs are added to the residual stream
-    "gpt2": lambda config: (lambda p, std: nn.init.normal_(p, std=std), 0.02, 0.02 / math.sqrt(2 * config.n_physical)),
-    "small": lambda config: (lambda p, std: nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std),
-                             small_std(config), small_std(config) / math.sqrt(2 * config.n_effective)),
-    "orthogonal": lambda config: (lambda p, std: nn.init.orthogonal_(p, gain=std * math.sqrt(max(p.shape))),
-                                  small_std(config), 0.0),  # every block starts as the identity
+    "gpt2": lambda config: (
+        lambda p, std: nn.init.normal_(p, std=std),
+        0.02,
+        0.02 / math.sqrt(2 * config.n_physical),
+    ),
+    "small": lambda config: (
+        lambda p, std: nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std),
+        small_std(config),
+        small_std(config) / math.sqrt(2 * config.n_effective),
+    ),
+    "orthogonal": lambda config: (
+        lambda p, std: nn.init.orthogonal_(p, gain=std * math.sqrt(max(p.shape))),
+        small_std(config),
+        0.0,
+    ),  # every block starts as the identity
 }
 TABLES = {
-    "norm": NORM, "norm_place": NORM_PLACE, "position": POSITION, "attention": ATTENTION, "qk_norm": QK_NORM,
-    "mlp": MLP, "init": INIT, "input_injection": INJECTION, "state_init": STATE_INIT, "loop_norm": LOOP_NORM,
-    "loop_entry": LOOP_NORM, "loop_exit": LOOP_EXIT, "loop_embedding": LOOP_EMBEDDING, "loop_sampling": LOOP_SAMPLING,
+    "norm": NORM,
+    "norm_place": NORM_PLACE,
+    "position": POSITION,
+    "attention": ATTENTION,
+    "qk_norm": QK_NORM,
+    "mlp": MLP,
+    "init": INIT,
+    "input_injection": INJECTION,
+    "state_init": STATE_INIT,
+    "loop_norm": LOOP_NORM,
+    "loop_entry": LOOP_NORM,
+    "loop_exit": LOOP_EXIT,
+    "loop_embedding": LOOP_EMBEDDING,
+    "loop_sampling": LOOP_SAMPLING,
     "exit_gate": EXIT_GATE,
 }
 
@@ -656,31 +847,45 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.block_size, self.embedding_scale = config, config.block_size, config.embedding_scale
+        self.config, self.block_size, self.embedding_scale = (
+            config,
+            config.block_size,
+            config.embedding_scale,
+        )
         separator = config.document_separator
         self.look = one_document if separator < 0 else partial(documents, separator=separator)
         self.turn = POSITION[config.position][2](config)
         blocks = [Block(config, number) for number in range(config.n_physical)]
         ln_f = NORM[config.norm](config) if config.final_norm else Keep(config)
-        loops = {group: Loop(config, blocks[group[0] : group[-1] + 1], ln_f) for group in config.groups}
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": POSITION[config.position][0](config),
-            "ln_e": NORM[config.norm](config) if config.embedding_norm else Keep(config),
-            "drop": nn.Dropout(config.dropout),
-            "h": nn.ModuleList(blocks),
-            "loops": nn.ModuleList(loops.values()),
-            "ln_f": ln_f,
-        })
+        loops = {
+            group: Loop(config, blocks[group[0] : group[-1] + 1], ln_f) for group in config.groups
+        }
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": POSITION[config.position][0](config),
+                "ln_e": NORM[config.norm](config) if config.embedding_norm else Keep(config),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(blocks),
+                "loops": nn.ModuleList(loops.values()),
+                "ln_f": ln_f,
+            }
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # arXiv 1608.05859
-        self.prefix = ShiftToken(config.max_shift, config.n_embd) if config.predict_ahead else Keep()
-        self.ahead = nn.ModuleList(Ahead(config.n_embd, config.n_embd, config.bias) for _ in range(config.n_ahead - 1))
+        self.prefix = (
+            ShiftToken(config.max_shift, config.n_embd) if config.predict_ahead else Keep()
+        )
+        self.ahead = nn.ModuleList(
+            Ahead(config.n_embd, config.n_embd, config.bias) for _ in range(config.n_ahead - 1)
+        )
         self.exit_gate = EXIT_GATE[config.exit_gate](config)
         cap = config.logit_softcap
         self.cap = (lambda logits: cap * torch.tanh(logits / cap)) if cap else Keep(config)
-        self.stages = tuple(loops[stage] if looped else blocks[stage[0]] for stage, looped in config.stages)
+        self.stages = tuple(
+            loops[stage] if looped else blocks[stage[0]] for stage, looped in config.stages
+        )
         self.init_weights()
 
     def init_weights(self):
@@ -701,7 +906,9 @@ class GPT(nn.Module):
         With predict_ahead the token of shift, an int or (B,), comes before the first of them: x (B, T + 1, C)."""
         seen = 0 if cache is None else cache.length
         if seen + idx.size(1) > self.block_size:
-            raise ValueError(f"{seen + idx.size(1)} tokens are more than block_size={self.block_size}")
+            raise ValueError(
+                f"{seen + idx.size(1)} tokens are more than block_size={self.block_size}"
+            )
         x = idx if idx.is_floating_point() else self.embedding_scale * self.transformer.wte(idx)
         x = x if seen else self.prefix(x, shift)
         position, mask = (self if cache is None else cache).look(x, idx)
@@ -711,7 +918,9 @@ class GPT(nn.Module):
     def schedule(self, n_loop=None):
         """The stages in order, each with what its call needs besides x: [(block, ()), (loop, (count,)), ...]."""
         counts = iter(self.config.counts(n_loop))
-        return [(stage, (next(counts),) if isinstance(stage, Loop) else ()) for stage in self.stages]
+        return [
+            (stage, (next(counts),) if isinstance(stage, Loop) else ()) for stage in self.stages
+        ]
 
     def hidden(self, idx, n_loop=None, cache=None, shift=1):
         """The last hidden states (B, T, C), which the head reads, of tokens or embeddings as embed takes them."""
@@ -735,7 +944,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x[:, [-1]]), None
         logits = self.logits(x)
-        return logits, F.cross_entropy(logits.flatten(0, 1), shift_labels(targets, shift).flatten(), ignore_index=-1)
+        return logits, F.cross_entropy(
+            logits.flatten(0, 1), shift_labels(targets, shift).flatten(), ignore_index=-1
+        )
 
     @torch.no_grad()
     def loops_representation(self, idx, n_loop=None):

@@ -27,8 +27,16 @@ from model import shift_labels
 class Objective(nn.Module):
     """A model and what is minimised, one module for DDP. ValueError where the model cannot be trained so."""
 
-    def __init__(self, model, name="next", chunk=0, weighting="uniform", entropy_weight=0.1, distill_weight=0.5,
-                 ahead_weight=0.3):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        name="next",
+        chunk=0,
+        weighting="uniform",
+        entropy_weight=0.1,
+        distill_weight=0.5,
+        ahead_weight=0.3,
+    ):
         super().__init__()
         check(model.config, name)
         self.model, self.chunk = model, chunk
@@ -43,7 +51,9 @@ class Objective(nn.Module):
     def flops_per_token(self, n_loop=None):
         """As the model's, with the heads and exits that are read out besides; what is computed anew is not counted."""
         model, count = self.model, self.model.forward_flops
-        total = model.flops_per_token(n_loop) + 3 * (count(model.ahead) + len(model.ahead) * count(model.lm_head))
+        total = model.flops_per_token(n_loop) + 3 * (
+            count(model.ahead) + len(model.ahead) * count(model.lm_head)
+        )
         if self.exit_passes:
             _, loop, n, after = around_the_loop(model, n_loop)
             stages = [loop.exit, *(stage for stage, _ in after), model.lm_head]
@@ -67,8 +77,9 @@ class Objective(nn.Module):
         if torch.is_autocast_enabled(kind):  # which does not know this loss
             x, W = (part.to(torch.get_autocast_dtype(kind)) for part in (x, W))
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=self.chunk, chunking_method=None)
-        return F.linear_cross_entropy(x.flatten(0, 1), W, targets.flatten(), reduction="sum", ignore_index=-1,
-                                      options=options)  # fmt: skip
+        return F.linear_cross_entropy(
+            x.flatten(0, 1), W, targets.flatten(), reduction="sum", ignore_index=-1, options=options
+        )
 
     def cross_entropy(self, x, targets):
         """Of hidden states (.., C) and targets (..): (N,), 0 where there is no target."""
@@ -99,7 +110,11 @@ class Objective(nn.Module):
 
 def next_token(self, idx, targets, n_loop, shift):
     each_row = type(n_loop) is tuple and any(isinstance(n, torch.Tensor) for n in n_loop)
-    x = hidden_by_row(self.model, idx, n_loop, shift) if each_row else self.model.hidden(idx, n_loop, shift=shift)
+    x = (
+        hidden_by_row(self.model, idx, n_loop, shift)
+        if each_row
+        else self.model.hidden(idx, n_loop, shift=shift)
+    )
     heads = self.model.ahead
     total = self.loss_sum(x, targets)
     log = {"loss": torch.stack((total.detach(), (targets >= 0).sum()))}
@@ -121,7 +136,9 @@ def deep(self, idx, targets, n_loop, shift):
 def distill(self, idx, targets, n_loop, shift):
     _, xs = self.exits(idx, n_loop, shift)
     losses, counted = self.in_chunks(self.cross_entropy, xs[-1], targets), targets.flatten() >= 0
-    apart = [self.in_chunks(self.divergence, x, xs[-1].detach()) for x in xs[:-1]] or [torch.zeros_like(losses)]
+    apart = [self.in_chunks(self.divergence, x, xs[-1].detach()) for x in xs[:-1]] or [
+        torch.zeros_like(losses)
+    ]
     apart = torch.stack(apart).mean(0) * counted
     total = losses.sum() + self.distill_weight * apart.sum()
     return total, {"loss": summed(losses, targets), "divergence": summed(apart, targets)}
@@ -134,7 +151,11 @@ def exit_loss(self, idx, targets, n_loop, shift):
     entropy = torch.special.entr(p).sum(-1) * counted
     expected = (p * losses).sum(-1)
     loops = (p @ torch.arange(1.0, p.size(-1) + 1, device=p.device)) * counted
-    log = {"expected": summed(expected, targets), "entropy": summed(entropy, targets), "loops": summed(loops, targets)}
+    log = {
+        "expected": summed(expected, targets),
+        "entropy": summed(entropy, targets),
+        "loops": summed(loops, targets),
+    }
     return (expected - self.entropy_weight * entropy).sum(), {**each_exit(losses, targets), **log}
 
 
@@ -144,7 +165,9 @@ def gate_only(self, idx, targets, n_loop, shift):
         losses = self.exit_losses(xs, targets)
     gained = (losses[:, :-1] - losses[:, 1:]).clamp(min=0)
     go_on = torch.sigmoid(50 * (gained - 0.005))  # (N, n - 1): the paper's slope and least gain
-    wrong = F.binary_cross_entropy_with_logits(-self.gates(states)[:, 1:], go_on, reduction="none").sum(-1)
+    wrong = F.binary_cross_entropy_with_logits(
+        -self.gates(states)[:, 1:], go_on, reduction="none"
+    ).sum(-1)
     wrong = wrong / len(states) * (targets.flatten() >= 0)
     return wrong.sum(), {**each_exit(losses, targets), "gate": summed(wrong, targets)}
 
@@ -153,10 +176,19 @@ def confidence(self, idx, targets, n_loop, shift):
     states, xs = self.exits(idx, n_loop, shift)
     losses, counted = self.in_chunks(self.cross_entropy, xs[-1], targets), targets.flatten() >= 0
     with torch.no_grad():
-        same = torch.stack([self.in_chunks(self.agree, x, xs[-1]) for x in xs], dim=-1)[:, :-1]  # (N, n - 1)
+        same = torch.stack([self.in_chunks(self.agree, x, xs[-1]) for x in xs], dim=-1)[
+            :, :-1
+        ]  # (N, n - 1)
     stop = self.gates([s.detach() for s in states])[:, :-1]
-    wrong = F.binary_cross_entropy_with_logits(stop, same, reduction="none").sum(-1) / max(1, len(xs) - 1) * counted
-    return losses.sum() + wrong.sum(), {"loss": summed(losses, targets), "gate": summed(wrong, targets)}
+    wrong = (
+        F.binary_cross_entropy_with_logits(stop, same, reduction="none").sum(-1)
+        / max(1, len(xs) - 1)
+        * counted
+    )
+    return losses.sum() + wrong.sum(), {
+        "loss": summed(losses, targets),
+        "gate": summed(wrong, targets),
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -165,8 +197,12 @@ def confidence(self, idx, targets, n_loop, shift):
 ANEW = ("none", "cheap", "block", "loop")
 aten = torch.ops.aten
 DEAR = [  # to compute: matrix products and the kernels of attention
-    aten.mm.default, aten.addmm.default, aten.bmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 ]
 
@@ -174,8 +210,14 @@ DEAR = [  # to compute: matrix products and the kernels of attention
 def compute_anew(model, what):
     """Which activations of a GPT the backward pass computes anew, to save their memory: those of every block, of every
     loop, or the cheap ones, which are all but results of matrix products and attention."""
-    torch.set_autocast_cache_enabled(what != "cheap")  # both passes of what is kept need the same casts
-    keep = {"context_fn": partial(create_selective_checkpoint_contexts, DEAR)} if what == "cheap" else {}
+    torch.set_autocast_cache_enabled(
+        what != "cheap"
+    )  # both passes of what is kept need the same casts
+    keep = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, DEAR)}
+        if what == "cheap"
+        else {}
+    )
     for block in model.transformer.h if what in ("cheap", "block") else ():
         block.forward = partial(recomputed, block.forward, use_reentrant=False, **keep)
     for loop in model.transformer.loops if what == "loop" else ():
@@ -210,16 +252,26 @@ def by_row(loop, e, where, counts):
 
 def sample_shifts(config, generator, count):
     """How far ahead each of count sequences predicts, int64 (count,) in [1, max_shift]: geometric, from generator."""
-    drawn = torch.empty(count).geometric_(min(config.label_shift_prob, 1 - 1e-9), generator=generator)
+    drawn = torch.empty(count).geometric_(
+        min(config.label_shift_prob, 1 - 1e-9), generator=generator
+    )
     return drawn.clamp(max=config.max_shift).long()
 
 
 def parameter_groups(model):
     """Parameters by kind: matrices of the Linear layers, embeddings (and the head, tied or not), vectors."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m is model.lm_head}
+    embeddings = {
+        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m is model.lm_head
+    }
     groups = {"matrices": [], "embeddings": [], "vectors": []}
     for p in model.parameters():
-        groups["embeddings" if id(p) in embeddings else "matrices" if len(p) > 1 < p.dim() else "vectors"].append(p)
+        groups[
+            "embeddings"
+            if id(p) in embeddings
+            else "matrices"
+            if len(p) > 1 < p.dim()
+            else "vectors"
+        ].append(p)
     return groups
 
 
@@ -234,14 +286,24 @@ def summed(losses, targets):
 
 def each_exit(losses, targets):
     """That after the last loop first, then those before it."""
-    log = {f"exit{number}": summed(loss, targets) for number, loss in enumerate(losses.unbind(-1)[:-1], 1)}
+    log = {
+        f"exit{number}": summed(loss, targets)
+        for number, loss in enumerate(losses.unbind(-1)[:-1], 1)
+    }
     return {"loss": summed(losses[:, -1], targets), **log}
 
 
-WEIGHTING = {"uniform": torch.ones_like, "linear": lambda t: t}  # of the losses after loops t = 1 .. n
+WEIGHTING = {
+    "uniform": torch.ones_like,
+    "linear": lambda t: t,
+}  # of the losses after loops t = 1 .. n
 OBJECTIVE = {  # and how often each exit but the last is passed: forward alone, or backward too, which costs twice that
-    "next": (next_token, 0), "deep": (deep, 3), "distill": (distill, 3), "exit": (exit_loss, 3),
-    "exit_gate": (gate_only, 1), "confidence": (confidence, 1),
+    "next": (next_token, 0),
+    "deep": (deep, 3),
+    "distill": (distill, 3),
+    "exit": (exit_loss, 3),
+    "exit_gate": (gate_only, 1),
+    "confidence": (confidence, 1),
 }
 GATED = ("exit", "exit_gate", "confidence")  # those that train the exit gate
 

@@ -29,9 +29,15 @@ from objectives import ANEW, GATED, Objective, compute_anew, parameter_groups
 
 CPU = torch.device("cpu")
 MIB, GIB = 2**20, 2**30
-USABLE = 0.95  # of a GPU's memory: the rest is the driver's, the libraries' and gaps between tensors
+USABLE = (
+    0.95  # of a GPU's memory: the rest is the driver's, the libraries' and gaps between tensors
+)
 IN_A_NODE = 8  # GPUs that are joined by link, more of them by the network
-CHOICES = {"optimizer": ("adamw", "muon"), "recompute": ANEW, "param_dtype": ("float32", "bfloat16")}
+CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "recompute": ANEW,
+    "param_dtype": ("float32", "bfloat16"),
+}
 
 
 # -----------------------------------------------------------------------------
@@ -46,12 +52,18 @@ def build(config, device):
     scored = Objective(model, config["objective"], *(config[name] for name in details)).train()
     for name, p in model.named_parameters():
         gate = name.startswith("exit_gate.")
-        p.requires_grad_(config["objective"] in GATED if gate else config["objective"] != "exit_gate")
-    return scored if device.type == "cpu" else scored.to(device)  # what has no contents cannot be moved
+        p.requires_grad_(
+            config["objective"] in GATED if gate else config["objective"] != "exit_gate"
+        )
+    return (
+        scored if device.type == "cpu" else scored.to(device)
+    )  # what has no contents cannot be moved
 
 
 def make_optimizers(config, model):
-    groups = {kind: [p for p in some if p.requires_grad] for kind, some in parameter_groups(model).items()}
+    groups = {
+        kind: [p for p in some if p.requires_grad] for kind, some in parameter_groups(model).items()
+    }
     matrices = {"params": groups["matrices"], "weight_decay": config["weight_decay"]}
     rest = {"params": groups["embeddings"] + groups["vectors"], "weight_decay": 0.0}
     if config["optimizer"] == "muon":
@@ -76,7 +88,10 @@ def training_step(config, device, dtype, compiled=False, precision=autocast, mic
     """(objective, step): step(n_loop) is one optimizer step on the same random tokens in each micro-step."""
     torch.manual_seed(config["seed"])
     scored = build(config, device)
-    optimizers, worker = make_optimizers(config, scored.model), make_worker(config, scored, device, compiled)
+    optimizers, worker = (
+        make_optimizers(config, scored.model),
+        make_worker(config, scored, device, compiled),
+    )
     masters, copies = list(scored.parameters()), list(worker.parameters())
     average = [p.detach().clone() for p in masters] if config["ema_decay"] else []
     rows, length = config["batch_size"], config["block_size"]
@@ -144,9 +159,15 @@ class Bytes(TorchDispatchMode):
 def as_on_cuda():
     """Lets autocast on a CPU choose the number types and kernels of CUDA, also where a checkpoint computes anew."""
     try:
-        with torch.library._scoped_library("aten", "IMPL", "AutocastCPU") as kernels, warnings.catch_warnings():
+        with (
+            torch.library._scoped_library("aten", "IMPL", "AutocastCPU") as kernels,
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # of torch: that its own are replaced
-            for op in (torch.ops.aten.cross_entropy_loss.default, torch.ops.aten.layer_norm.default):
+            for op in (
+                torch.ops.aten.cross_entropy_loss.default,
+                torch.ops.aten.layer_norm.default,
+            ):
                 kernels.impl(op, functools.partial(in_float32, op))
             kernels.impl("scaled_dot_product_attention", flash_attention)
             yield
@@ -164,7 +185,9 @@ def flash_attention(q, k, v, mask=None, dropout=0.0, causal=False, *, scale=None
     """Without dropout, for which a CPU has another kernel that keeps the scores."""
     q, k, v = (part.to(torch.get_autocast_dtype("cpu")) for part in (q, k, v))
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=enable_gqa
+        )
 
 
 def cuda_autocast(device, dtype):
@@ -173,18 +196,28 @@ def cuda_autocast(device, dtype):
 
 def memory(config, n_loop, dtype, gpu=True):
     """{what: bytes} of a process in its second step, the first that has all: sizes at its peak. gpu: as on CUDA."""
-    micro_steps = min(2, config["gradient_accumulation_steps"] // config["n"])  # a third would add nothing
-    as_there, precision = (as_on_cuda(), cuda_autocast) if gpu else (contextlib.nullcontext(), autocast)
+    micro_steps = min(
+        2, config["gradient_accumulation_steps"] // config["n"]
+    )  # a third would add nothing
+    as_there, precision = (
+        (as_on_cuda(), cuda_autocast) if gpu else (contextlib.nullcontext(), autocast)
+    )
     with FakeTensorMode(), as_there, Bytes() as counted:
-        scored, step = training_step(config, CPU, dtype, precision=precision, micro_steps=micro_steps)
+        scored, step = training_step(
+            config, CPU, dtype, precision=precision, micro_steps=micro_steps
+        )
         weights = counted.now
         step(n_loop)
         counted.peak = lasting = counted.now
         step(n_loop)
     trained = [p for p in scored.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
-    parts = {"weights": weights, "optimizer": lasting - weights, "gradients": gradients,
-             "activations": counted.peak - lasting - gradients}
+    parts = {
+        "weights": weights,
+        "optimizer": lasting - weights,
+        "gradients": gradients,
+        "activations": counted.peak - lasting - gradients,
+    }
     if config["shard"] and config["n"] > 1:
         return parts | shares(parts, scored, config["n"], micro_steps)
     if config["n"] > 1 and (micro_steps == 1 or config["param_dtype"] == "bfloat16"):
@@ -213,7 +246,9 @@ def bytes_sent(config):
 def depths_of(config, shape):
     """Loop counts to average over: the one there is, or 1,000 draws."""
     generator = torch.Generator().manual_seed(config["seed"])
-    return [sample_loops(shape, generator) for _ in range(1 if shape.loop_sampling == "fixed" else 1000)]
+    return [
+        sample_loops(shape, generator) for _ in range(1 if shape.loop_sampling == "fixed" else 1000)
+    ]
 
 
 def anew(model, recompute, n_loop):
@@ -223,7 +258,9 @@ def anew(model, recompute, n_loop):
     for stage, count in model.schedule(n_loop):
         n = min(sum(count) or 1, model.config.bptt_k or math.inf) if count else 1
         blocks = stage.blocks if count else (stage,)
-        parts = {"block": blocks, "loop": (stage.inject, *blocks) if count else ()}.get(recompute, ())
+        parts = {"block": blocks, "loop": (stage.inject, *blocks) if count else ()}.get(
+            recompute, ()
+        )
         total += n * sum(map(model.forward_flops, parts))
     return total
 
@@ -231,15 +268,34 @@ def anew(model, recompute, n_loop):
 def seconds(config, scored, gpu, peak):
     """{what: seconds} of an optimizer step: arithmetic, and what it waits for the link besides."""
     n, model, depths = config["n"], scored.model, depths_of(config, scored.model.config)
-    flops = [scored.flops_per_token(depth) + anew(model, config["recompute"], depth) for depth in depths]
-    micro_steps, tokens = config["gradient_accumulation_steps"] // n, config["batch_size"] * config["block_size"]
+    flops = [
+        scored.flops_per_token(depth) + anew(model, config["recompute"], depth) for depth in depths
+    ]
+    micro_steps, tokens = (
+        config["gradient_accumulation_steps"] // n,
+        config["batch_size"] * config["block_size"],
+    )
     speed = link_of(config, gpu)
     one = sum(flops) / len(flops) * tokens / (peak * config["efficiency"])
-    sent = 2 * (n - 1) / n * sum(p.numel() for p in scored.parameters() if p.requires_grad) * bytes_sent(config)
-    times, hidden = 1 if config["param_dtype"] == "float32" else micro_steps, 2 / 3 * one  # behind the backward pass
+    sent = (
+        2
+        * (n - 1)
+        / n
+        * sum(p.numel() for p in scored.parameters() if p.requires_grad)
+        * bytes_sent(config)
+    )
+    times, hidden = (
+        1 if config["param_dtype"] == "float32" else micro_steps,
+        2 / 3 * one,
+    )  # behind the backward pass
     waits = times * max(0.0, sent / speed - hidden)
-    if config["shard"]:  # weights come in every micro-step, and gradients go, in float32, in the last
-        come, go = ((n - 1) / n * sum(each) / len(flops) / speed for each in zip(*(traffic(model, d) for d in depths)))
+    if config[
+        "shard"
+    ]:  # weights come in every micro-step, and gradients go, in float32, in the last
+        come, go = (
+            (n - 1) / n * sum(each) / len(flops) / speed
+            for each in zip(*(traffic(model, d) for d in depths))
+        )
         come *= bytes_sent(config)
         waits = (micro_steps - 1) * max(0.0, come - one) + max(0.0, come + 4 * go - one)
     return {"arithmetic": micro_steps * one, "link": waits}
@@ -248,19 +304,25 @@ def seconds(config, scored, gpu, peak):
 def traffic(model, n_loop):
     """Parameters that a divided model gathers in one pass forward and backward, and those whose gradients it sends: of
     a block at each call."""
+
     def size(part):
         return sum(p.numel() for p in part.parameters())
 
     forward = backward = size(model) - size(model.transformer.h)
     for stage, count in model.schedule(n_loop):
         n, blocks = sum(count) or 1, sum(map(size, stage.blocks if count else (stage,)))
-        forward, backward = forward + n * blocks, backward + min(n, model.config.bptt_k or n) * blocks
+        forward, backward = (
+            forward + n * blocks,
+            backward + min(n, model.config.bptt_k or n) * blocks,
+        )
     return forward + backward, backward
 
 
 def link_of(config, gpu):
     """Bytes/s that a GPU sends: as was said, or by the data sheet in a node, or by the network."""
-    return 1e9 * config["link"] or (gpu.link if config["n"] <= IN_A_NODE else 1e9 * config["network"])
+    return 1e9 * config["link"] or (
+        gpu.link if config["n"] <= IN_A_NODE else 1e9 * config["network"]
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -269,7 +331,10 @@ def find_gpu(name):
     """The Gpu of a short name, such as h100 or rtx-4090, or this computer's CPU. ValueError with the known names."""
     known = {part.lower().replace(" ", "-"): gpu for part, gpu in GPUS.items()}
     if name == "cpu":
-        peaks = (measured_flops(dtype, torch.get_num_threads()) for dtype in (torch.bfloat16, torch.float32))
+        peaks = (
+            measured_flops(dtype, torch.get_num_threads())
+            for dtype in (torch.bfloat16, torch.float32)
+        )
         return Gpu(*peaks, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 10e9)
     if name not in known:
         raise ValueError(f"gpu={name!r}: must be cpu or one of {', '.join(known)}")
@@ -291,11 +356,15 @@ def measured_efficiency(config, dtype, peak):
 def check(config):
     for name, fits, allowed in (
         ("n", config["n"] >= 1, "at least 1"),
-        ("gradient_accumulation_steps", config["gradient_accumulation_steps"] % max(1, config["n"]) == 0,
-         f"a multiple of the n={config['n']} processes"),
+        (
+            "gradient_accumulation_steps",
+            config["gradient_accumulation_steps"] % max(1, config["n"]) == 0,
+            f"a multiple of the n={config['n']} processes",
+        ),
         ("efficiency", 0 < config["efficiency"] <= 1, "more than 0 and at most 1"),
-        ("link", config["link"] >= 0, "at least 0"), ("network", config["network"] > 0, "more than 0"),
-    ):  # fmt: skip
+        ("link", config["link"] >= 0, "at least 0"),
+        ("network", config["network"] > 0, "more than 0"),
+    ):
         if not fits:
             raise ValueError(f"{name}={config[name]}: must be {allowed}")
 
@@ -306,8 +375,11 @@ def helps(config, n_loop, dtype, on_gpu):
     other += [("batch_size", config["batch_size"] // 2 or 1)]
     other += [("recompute", "loop")] if config["n_block"] or config["loop_groups"] else []
     other += [("shard", True)] if config["n"] > 1 and not config["shard"] else []
-    sizes = {f"--{name}={value}": sum(memory(config | {name: value}, n_loop, dtype, on_gpu).values())
-             for name, value in other if config[name] != value}
+    sizes = {
+        f"--{name}={value}": sum(memory(config | {name: value}, n_loop, dtype, on_gpu).values())
+        for name, value in other
+        if config[name] != value
+    }
     return dict(sorted(sizes.items(), key=lambda item: item[1]))
 
 
@@ -317,7 +389,13 @@ def report(config):
     """What bench.py plan prints, as text. ValueError where an option is wrong."""
     check(config)
     gpu, on_gpu = find_gpu(config["gpu"]), config["gpu"] != "cpu"
-    name = config["dtype"] if config["dtype"] != "auto" else "bfloat16" if on_gpu and gpu.bfloat16 else "float32"
+    name = (
+        config["dtype"]
+        if config["dtype"] != "auto"
+        else "bfloat16"
+        if on_gpu and gpu.bfloat16
+        else "float32"
+    )
     dtype = pick_dtype(name, CPU)
     if not (peak := getattr(gpu, name)):
         raise ValueError(f"dtype={name}: the data sheet of {config['gpu']} has no such products")
@@ -326,33 +404,50 @@ def report(config):
     with torch.device("meta"):
         scored = build(config, CPU)
     shape = scored.model.config
-    depths = [shape.counts(), *([shape.counts(shape.max_loops)] if shape.loop_sampling != "fixed" else [])]
+    depths = [
+        shape.counts(),
+        *([shape.counts(shape.max_loops)] if shape.loop_sampling != "fixed" else []),
+    ]
     tables = {depth: memory(config, depth, dtype, on_gpu) for depth in depths}
     took = seconds(config, scored, gpu, peak)
-    lines = [in_words(config, scored.model, name), *memory_lines(tables), *time_lines(config, scored, took, gpu, peak)]
+    lines = [
+        in_words(config, scored.model, name),
+        *memory_lines(tables),
+        *time_lines(config, scored, took, gpu, peak),
+    ]
     room, needed = USABLE * gpu.memory, max(sum(parts.values()) for parts in tables.values()) / GIB
     if needed <= room:
         limit = "the link" if took["link"] > took["arithmetic"] else "arithmetic"
-        return "\n".join([*lines, f"It fits into the {room:.1f} GiB that can be used. What limits is {limit}."])
-    would = [f"  {option:<20}{size / MIB:>10,.0f} MiB, {'fits' if size / GIB <= room else 'too much'}"
-             for option, size in helps(config, depths[-1], dtype, on_gpu).items()]
+        return "\n".join(
+            [*lines, f"It fits into the {room:.1f} GiB that can be used. What limits is {limit}."]
+        )
+    would = [
+        f"  {option:<20}{size / MIB:>10,.0f} MiB, {'fits' if size / GIB <= room else 'too much'}"
+        for option, size in helps(config, depths[-1], dtype, on_gpu).items()
+    ]
     limit = f"What limits is memory: {needed - room:.2f} GiB more than the {room:.1f} that can be used. In all with"
     return "\n".join([*lines, limit, *would])
 
 
 def in_words(config, model, name):
     micro_steps = config["gradient_accumulation_steps"] // config["n"]
-    return (f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {config['vocab_size']}; {micro_steps} x "
-            f"{config['batch_size']} x {config['block_size']} tokens a step on each of {config['n']} x {config['gpu']} "
-            f"in {name}")
+    return (
+        f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {config['vocab_size']}; {micro_steps} x "
+        f"{config['batch_size']} x {config['block_size']} tokens a step on each of {config['n']} x {config['gpu']} "
+        f"in {name}"
+    )
 
 
 def memory_lines(tables):
     """MiB of each GPU at each depth."""
-    yield f"{'MiB with loops':<16}" + "".join(f"{','.join(map(str, depth)) or '-':>10}" for depth in tables)
+    yield f"{'MiB with loops':<16}" + "".join(
+        f"{','.join(map(str, depth)) or '-':>10}" for depth in tables
+    )
     for name in next(iter(tables.values())):
         yield f"{name:<16}" + "".join(f"{parts[name] / MIB:>10,.0f}" for parts in tables.values())
-    yield f"{'in all':<16}" + "".join(f"{sum(parts.values()) / MIB:>10,.0f}" for parts in tables.values())
+    yield f"{'in all':<16}" + "".join(
+        f"{sum(parts.values()) / MIB:>10,.0f}" for parts in tables.values()
+    )
 
 
 def time_lines(config, scored, took, gpu, peak):
@@ -361,7 +456,11 @@ def time_lines(config, scored, took, gpu, peak):
     flops = sum(map(scored.flops_per_token, depths)) / len(depths)
     known = "measured here" if config["gpu"] == "cpu" else "assumed: measured on none"
     yield f"{flops / 1e6:,.1f} MFLOP/token at {config['efficiency']:.0%} ({known}) of {peak / 1e12:,.3g} TFLOP/s"
-    yield (f"a step: {1e3 * took['arithmetic']:,.1f} ms of arithmetic, {1e3 * took['link']:,.1f} ms of waiting for the "
-           f"link of {link_of(config, gpu) / 1e9:,.0f} GB/s")
-    yield (f"{tokens / whole:,.0f} tokens/s; {config['max_iters']:,} steps of {tokens:,} tokens take "
-           f"{config['max_iters'] * whole / 3600:,.2f} hours, evaluations not counted")
+    yield (
+        f"a step: {1e3 * took['arithmetic']:,.1f} ms of arithmetic, {1e3 * took['link']:,.1f} ms of waiting for the "
+        f"link of {link_of(config, gpu) / 1e9:,.0f} GB/s"
+    )
+    yield (
+        f"{tokens / whole:,.0f} tokens/s; {config['max_iters']:,} steps of {tokens:,} tokens take "
+        f"{config['max_iters'] * whole / 3600:,.2f} hours, evaluations not counted"
+    )

@@ -63,7 +63,14 @@ class Shown:
     """The text of a sample, which grows by tokens and ends before a stop string."""
 
     def __init__(self, live):
-        self.live, self.ids, self.loops, self.text, self.length, self.pieces = live, [], [], "", 0, []
+        self.live, self.ids, self.loops, self.text, self.length, self.pieces = (
+            live,
+            [],
+            [],
+            "",
+            0,
+            [],
+        )
 
     def add(self, token, loops):
         """True when the sample is over."""
@@ -71,8 +78,12 @@ class Shown:
         self.loops.append(loops)
         text = tokenizer.decode(self.ids)
         ends = [text.find(word) for word in stops if word in text]
-        open_end = max((k for word in stops for k in range(1, len(word)) if text.endswith(word[:k])), default=0)
-        safe = min(ends) if ends else len(text.rstrip("\ufffd")) - open_end  # what more tokens cannot change
+        open_end = max(
+            (k for word in stops for k in range(1, len(word)) if text.endswith(word[:k])), default=0
+        )
+        safe = (
+            min(ends) if ends else len(text.rstrip("\ufffd")) - open_end
+        )  # what more tokens cannot change
         self.write(text[self.length : safe], loops)
         self.text, self.length = text[: min(ends)] if ends else text, max(self.length, safe)
         return bool(ends)
@@ -101,11 +112,27 @@ def sample(prompt, rows):
     idx = torch.tensor([prompt] * rows, device=device)
     with clear_errors(), autocast(device, torch.float32 if packed else dtype):
         stats = generate(
-            model, idx, max_new_tokens, n_loop=n_loop or None, temperature=temperature, top_k=top_k or None,
-            top_p=top_p or None, min_p=min_p or None, repetition_penalty=repetition_penalty, generator=generator,
-            vocab_size=tokenizer.vocab_size, slots=slots, n_slot=n_slot, slide=slide, exit_rule=exit_when,
-            min_loops=min_loops, warm_start=warm_start, draft_tokens=draft_tokens, draft_loops=draft_loops,
-            static=compile, watch=lambda row, token, loops: shown[row].add(token, loops),
+            model,
+            idx,
+            max_new_tokens,
+            n_loop=n_loop or None,
+            temperature=temperature,
+            top_k=top_k or None,
+            top_p=top_p or None,
+            min_p=min_p or None,
+            repetition_penalty=repetition_penalty,
+            generator=generator,
+            vocab_size=tokenizer.vocab_size,
+            slots=slots,
+            n_slot=n_slot,
+            slide=slide,
+            exit_rule=exit_when,
+            min_loops=min_loops,
+            warm_start=warm_start,
+            draft_tokens=draft_tokens,
+            draft_loops=draft_loops,
+            static=compile,
+            watch=lambda row, token, loops: shown[row].add(token, loops),
         )[1]
     return shown, stats
 
@@ -119,17 +146,27 @@ with clear_errors():
     dtype = pick_dtype(dtype, device)
     if start.startswith("FILE:"):
         start = Path(start.removeprefix("FILE:")).read_text("utf-8", "surrogateescape")
-    stops = Path(stop.removeprefix("FILE:")).read_text("utf-8").splitlines() if stop.startswith("FILE:") else [stop]
+    stops = (
+        Path(stop.removeprefix("FILE:")).read_text("utf-8").splitlines()
+        if stop.startswith("FILE:")
+        else [stop]
+    )
     stops = [word for word in stops if word]
     model = pretrained.load(out_dir).to(device)
     named = pretrained.tokenizer_of(out_dir)
-    if not named and not 50257 <= model.config.vocab_size <= 50304:  # what names none has to be GPT-2's, maybe padded
-        raise ValueError(f"{out_dir}: names no tokenizer, and {model.config.vocab_size} ids are not GPT-2's 50,257")
+    if (
+        not named and not 50257 <= model.config.vocab_size <= 50304
+    ):  # what names none has to be GPT-2's, maybe padded
+        raise ValueError(
+            f"{out_dir}: names no tokenizer, and {model.config.vocab_size} ids are not GPT-2's 50,257"
+        )
     tokenizer = make_tokenizer(named or {"tokenizer": "gpt2"})
     prompt = [] if chat else tokenizer.encode(start)
     if not prompt and not chat:
         raise ValueError("the prompt is empty: give --start some text, or a file that holds some")
-    exit_when = make_exit(model, exit_rule, automatic_loop_exit_threshold) if automatic_loop_exit else None
+    exit_when = (
+        make_exit(model, exit_rule, automatic_loop_exit_threshold) if automatic_loop_exit else None
+    )
     deepest = max((*model.config.counts(n_loop or None), 1))
 
 if device.type == "cuda":
@@ -156,13 +193,18 @@ if not jsonl:
 shown, stats = sample(prompt, num_samples)
 for number, one in enumerate(shown):
     if jsonl:
-        print(json.dumps({"prompt": start, "text": one.text, "tokens": one.ids, "loops": one.loops}))
+        print(
+            json.dumps({"prompt": start, "text": one.text, "tokens": one.ids, "loops": one.loops})
+        )
         continue
     if number:
         print(start, end="")
     one.close()
     print("\n---------------")
-print(f"loops per token {stats['loops']}, {stats['cache_bytes_per_token']:,} bytes of cache per token", file=sys.stderr)
+print(
+    f"loops per token {stats['loops']}, {stats['cache_bytes_per_token']:,} bytes of cache per token",
+    file=sys.stderr,
+)
 if exit_when or draft_tokens:
     used = torch.tensor([loops for one in shown for loops in one.loops], dtype=torch.float)
     drafts = f"{stats['accepted']} of {stats['drafted']} drafts accepted"

@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 settings.register_profile("busy", deadline=None)  # other work on the machine is no failure
 settings.load_profile("busy")
-torch.set_num_threads(1)  # tiny models, and other work on the machine: two would wait for each other
+torch.set_num_threads(
+    1
+)  # tiny models, and other work on the machine: two would wait for each other
 
 from dataset import write_dataset
 from model import GPT, GPTConfig
@@ -43,9 +45,16 @@ def tokens(rows=2, length=9, seed=1):
 
 def prose(seed, count):
     """Sentences of made-up words, always the same for a seed: frequent words are short, and commas are few."""
-    draw, syllables = random.Random(seed), ["ka", "lo", "min", "ter", "a", "sho", "re", "un", "di", "vel"]
-    words = ["".join(random.Random(rank).choices(syllables, k=1 + rank // 40)) for rank in range(200)]
-    chosen = [words[int(200 * draw.random() ** 3)] + draw.choice([""] * 9 + [","]) for _ in range(count)]
+    draw, syllables = (
+        random.Random(seed),
+        ["ka", "lo", "min", "ter", "a", "sho", "re", "un", "di", "vel"],
+    )
+    words = [
+        "".join(random.Random(rank).choices(syllables, k=1 + rank // 40)) for rank in range(200)
+    ]
+    chosen = [
+        words[int(200 * draw.random() ** 3)] + draw.choice([""] * 9 + [","]) for _ in range(count)
+    ]
     lines = (" ".join(chosen[i : i + 9]).capitalize() + "." for i in range(0, count, 9))
     return "\n".join(lines)
 
@@ -56,7 +65,11 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     texts = {"train": prose(1, 10000), "val": prose(2, 3000)}
     chars = "".join(sorted(string.printable))
-    write_dataset(folder, {"tokenizer": "char", "chars": chars}, {name: [text] for name, text in texts.items()})
+    write_dataset(
+        folder,
+        {"tokenizer": "char", "chars": chars},
+        {name: [text] for name, text in texts.items()},
+    )
     return folder
 
 
@@ -65,7 +78,10 @@ class Run:
 
     def __init__(self, script, *arguments, cwd=None):
         out, err, before = io.StringIO(), io.StringIO(), (sys.argv, os.getcwd())
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        handlers = {
+            number: signal.getsignal(number)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
         sys.argv, self.code = [script, *map(str, arguments)], 0
         os.chdir(cwd or ROOT)
         try:
@@ -81,9 +97,11 @@ class Run:
         self.out, self.err = out.getvalue(), err.getvalue()
 
 
-TRAIN = ("--n_prelude=1 --n_block=1 --n_coda=1 --n_loop=2 --max_loops=6 --n_embd=32 --n_head=4 --block_size=16 --batch_size=4 "
-         "--gradient_accumulation_steps=2 --eval_iters=3 --eval_interval=4 --max_iters=8 --warmup_iters=2 "
-         "--lr_decay_iters=8 --learning_rate=1e-2 --min_lr=1e-3 --device=cpu --compile=False").split()  # fmt: skip
+TRAIN = (
+    "--n_prelude=1 --n_block=1 --n_coda=1 --n_loop=2 --max_loops=6 --n_embd=32 --n_head=4 --block_size=16 --batch_size=4 "
+    "--gradient_accumulation_steps=2 --eval_iters=3 --eval_interval=4 --max_iters=8 --warmup_iters=2 "
+    "--lr_decay_iters=8 --learning_rate=1e-2 --min_lr=1e-3 --device=cpu --compile=False"
+).split()
 
 
 def train(corpus, out_dir, *arguments):

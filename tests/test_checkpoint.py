@@ -33,7 +33,9 @@ def folder(tmp_path):
 def test_what_is_saved_comes_back(folder):
     loaded, saved = checkpoint.load(folder), state(2)
     assert loaded["iter_num"] == 2 and loaded["model_args"] == saved["model_args"]
-    assert all(torch.equal(loaded["model"][name], tensor) for name, tensor in saved["model"].items())
+    assert all(
+        torch.equal(loaded["model"][name], tensor) for name, tensor in saved["model"].items()
+    )
     assert checkpoint.load(folder / "ckpt_prev.pt")["iter_num"] == 1
     assert sorted(os.listdir(folder)) == ["ckpt.json", "ckpt.pt", "ckpt_prev.pt"]
 
@@ -44,7 +46,9 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(folder, damage,
     data = bytearray(path.read_bytes())
     if damage == "bit":
         data[len(data) // 2] ^= 1
-    path.write_bytes({"bit": data, "cut": data[:-100], "empty": b"", "gone": b"", "other": b"hello"}[damage])
+    path.write_bytes(
+        {"bit": data, "cut": data[:-100], "empty": b"", "gone": b"", "other": b"hello"}[damage]
+    )
     if damage == "gone":
         path.unlink()
     assert checkpoint.load(folder)["iter_num"] == 1
@@ -98,7 +102,10 @@ def test_nothing_is_executed(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    for name, write in {"a.pt": torch.save, "b.pt": lambda x, path: path.write_bytes(pickle.dumps(x))}.items():
+    for name, write in {
+        "a.pt": torch.save,
+        "b.pt": lambda x, path: path.write_bytes(pickle.dumps(x)),
+    }.items():
         write({"model": Payload(), "model_args": {}}, tmp_path / name)
         with pytest.raises(ValueError, match=f"{name}: not a checkpoint"):
             checkpoint.load(tmp_path / name)
@@ -116,17 +123,30 @@ def test_missing_and_foreign_files(tmp_path):
 def test_nanogpts_checkpoint_opens_as_it_is(tmp_path):
     """Its keys, its model_args, and the prefix that torch.compile leaves there."""
     model = build(n_layer=2, bias=False, spread=0.1)
-    args = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, bias=False, vocab_size=61, dropout=0.0)
+    args = dict(
+        n_layer=2, n_head=4, n_embd=32, block_size=16, bias=False, vocab_size=61, dropout=0.0
+    )
     weights = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"model": weights, "optimizer": {}, "model_args": args, "iter_num": 5, "best_val_loss": torch.tensor(1.5),
-                "config": {"dataset": "x"}}, tmp_path / "ckpt.pt")  # fmt: skip
+    torch.save(
+        {
+            "model": weights,
+            "optimizer": {},
+            "model_args": args,
+            "iter_num": 5,
+            "best_val_loss": torch.tensor(1.5),
+            "config": {"dataset": "x"},
+        },
+        tmp_path / "ckpt.pt",
+    )
     for source in (tmp_path, tmp_path / "ckpt.pt"):
         assert torch.equal(pretrained.load(source)(tokens())[0], model(tokens())[0])
 
 
 def test_a_model_loads_with_other_loops_but_not_with_another_shape(folder):
     model = pretrained.load(folder, n_loop=5)
-    assert not model.training and torch.equal(model(tokens())[0], build(seed=2)(tokens(), n_loop=5)[0])
+    assert not model.training and torch.equal(
+        model(tokens())[0], build(seed=2)(tokens(), n_loop=5)[0]
+    )
     with pytest.raises(ValueError, match="n_embd=64 where the checkpoint has 32"):
         pretrained.load(folder, n_embd=64)
     with pytest.raises(ValueError, match="n_head=5"):

@@ -18,20 +18,30 @@ import corpus as corpus_module
 from corpus import Stream, open_corpus, open_stream, write_documents
 from dataset import load_meta, make_tokenizer
 
-DOCUMENTS = [f"Document {i}: " + "To be, or not to be"[: i % 19] + "<|endoftext|>" * (i == 7) + "Ä" for i in range(60)]
+DOCUMENTS = [
+    f"Document {i}: " + "To be, or not to be"[: i % 19] + "<|endoftext|>" * (i == 7) + "Ä"
+    for i in range(60)
+]
 BYTES = {"tokenizer": "bytes"}
 
 
 def expected(documents=DOCUMENTS, share=0.2):
     """The bytes of (train, val), by the rule that held_out states."""
-    held_out = [int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < share * 2**64 for text in documents]
+    held_out = [
+        int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) < share * 2**64
+        for text in documents
+    ]
     return [
-        b"".join(text.encode() + b"\0" for text, held in zip(documents, held_out) if held == val) for val in (False, True)
+        b"".join(text.encode() + b"\0" for text, held in zip(documents, held_out) if held == val)
+        for val in (False, True)
     ]
 
 
 def written(folder):
-    return [np.fromfile(folder / f"{split}.bin", "<u2").astype(np.uint8).tobytes() for split in ("train", "val")]
+    return [
+        np.fromfile(folder / f"{split}.bin", "<u2").astype(np.uint8).tobytes()
+        for split in ("train", "val")
+    ]
 
 
 def write_files(folder, kind="jsonl", documents=DOCUMENTS, parts=3):
@@ -43,9 +53,13 @@ def write_files(folder, kind="jsonl", documents=DOCUMENTS, parts=3):
     for i in range(parts):
         part = documents[i * each : (i + 1) * each]
         if kind == "jsonl":
-            (folder / f"{i}.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in part))
+            (folder / f"{i}.jsonl").write_text(
+                "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in part)
+            )
         if kind == "parquet":
-            pyarrow.parquet.write_table(pyarrow.table({"text": part}), folder / f"{i}.parquet", row_group_size=7)
+            pyarrow.parquet.write_table(
+                pyarrow.table({"text": part}), folder / f"{i}.parquet", row_group_size=7
+            )
     return f"{folder}/*.{kind}"
 
 
@@ -58,19 +72,33 @@ def corpus(tmp_path):
 # into files
 
 
-CASES = [("openwebtext", "jsonl"), ("openwebtext", "txt"), ("fineweb", "parquet"), ("fineweb_edu", "parquet"), ("wikipedia", "parquet")]
+CASES = [
+    ("openwebtext", "jsonl"),
+    ("openwebtext", "txt"),
+    ("fineweb", "parquet"),
+    ("fineweb_edu", "parquet"),
+    ("wikipedia", "parquet"),
+]
 
 
 @pytest.mark.parametrize("name, kind", CASES)
 def test_prepare_from_local_files(tmp_path, name, kind):
     files = write_files(tmp_path, kind)
     for _ in range(2):  # the second run writes the same
-        run = Run(f"data/{name}/prepare.py", f"--input_files={files}", "--tokenizer=bytes", "--val_share=0.2", f"--out_dir={tmp_path}")
+        run = Run(
+            f"data/{name}/prepare.py",
+            f"--input_files={files}",
+            "--tokenizer=bytes",
+            "--val_share=0.2",
+            f"--out_dir={tmp_path}",
+        )
         assert run.code == 0, run.err
         assert written(tmp_path) == expected() and all(expected())
     splits, val = load_meta(tmp_path)["splits"], expected()[1]
     assert splits["val"]["bytes"] == len(val) - val.count(0)  # separators are tokens without text
-    assert splits["val"]["sha256"] == hashlib.sha256((tmp_path / "val.bin").read_bytes()).hexdigest()
+    assert (
+        splits["val"]["sha256"] == hashlib.sha256((tmp_path / "val.bin").read_bytes()).hexdigest()
+    )
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -103,16 +131,34 @@ def test_a_killed_tokenization_goes_on_and_ends_the_same(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("change", ["documents", "share", "lost"])
-def test_an_interrupted_tokenization_of_something_else_is_not_gone_on_with(tmp_path, monkeypatch, change):
+def test_an_interrupted_tokenization_of_something_else_is_not_gone_on_with(
+    tmp_path, monkeypatch, change
+):
     monkeypatch.setattr(corpus_module, "finish", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_documents(tmp_path, BYTES, open_corpus(write_files(tmp_path), "", "", ""), 0.2, batch=4)
+        write_documents(
+            tmp_path, BYTES, open_corpus(write_files(tmp_path), "", "", ""), 0.2, batch=4
+        )
     monkeypatch.undo()
-    (tmp_path / "journal.part").write_text(json.dumps({"task": 0, "documents": 9, "sizes": {"train": [1, 1], "val": [1, 1]}, "corpus": {}}))
-    documents, share = (["other", *DOCUMENTS[1:]], 0.2) if change == "documents" else (DOCUMENTS, 0.3 if change == "share" else 0.2)
+    (tmp_path / "journal.part").write_text(
+        json.dumps(
+            {"task": 0, "documents": 9, "sizes": {"train": [1, 1], "val": [1, 1]}, "corpus": {}}
+        )
+    )
+    documents, share = (
+        (["other", *DOCUMENTS[1:]], 0.2)
+        if change == "documents"
+        else (DOCUMENTS, 0.3 if change == "share" else 0.2)
+    )
     if change == "lost":
         (tmp_path / "train.bin.part").unlink()
-    write_documents(tmp_path, BYTES, open_corpus(write_files(tmp_path, documents=documents), "", "", ""), share, batch=4)
+    write_documents(
+        tmp_path,
+        BYTES,
+        open_corpus(write_files(tmp_path, documents=documents), "", "", ""),
+        share,
+        batch=4,
+    )
     assert written(tmp_path) == expected(documents, share)
 
 
@@ -120,36 +166,63 @@ def test_an_interrupted_tokenization_of_something_else_is_not_gone_on_with(tmp_p
 def small_gpt2(monkeypatch):
     """A stand-in for GPT-2's table, which needs a network: bytes, one pair, and the separator."""
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256}
-    small = tiktoken.Encoding("small", pat_str=r".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257})
+    small = tiktoken.Encoding(
+        "small", pat_str=r".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257}
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": small}.__getitem__)
 
 
 def test_gpt2_documents_end_with_the_end_of_text_token(tmp_path, small_gpt2):
     files = write_files(tmp_path, documents=["ab!", "<|endoftext|>"], parts=1)
     write_documents(tmp_path, {"tokenizer": "gpt2"}, open_corpus(files, "", "", ""), 0.5)
-    bins = sorted(np.fromfile(tmp_path / f"{split}.bin", "<u2").tolist() for split in ("train", "val"))
+    bins = sorted(
+        np.fromfile(tmp_path / f"{split}.bin", "<u2").tolist() for split in ("train", "val")
+    )
     assert bins == [[*b"<|endoftext|>", 257], [256, 33, 257]]  # spelt out in a document it is text
     tokenizer = make_tokenizer({"tokenizer": "gpt2"})
-    assert tokenizer.decode(tokenizer.encode(b"\xffa".decode("utf-8", "surrogateescape"))) == "\ufffda"
-    assert tokenizer.encode("ab<|endoftext|>") == [256, 257] and tokenizer.decode([256, 257]) == "ab<|endoftext|>"
+    assert (
+        tokenizer.decode(tokenizer.encode(b"\xffa".decode("utf-8", "surrogateescape"))) == "\ufffda"
+    )
+    assert (
+        tokenizer.encode("ab<|endoftext|>") == [256, 257]
+        and tokenizer.decode([256, 257]) == "ab<|endoftext|>"
+    )
 
 
-@pytest.mark.parametrize("given, said", [
-    ("{}/*.nothing", "0 files; expected some"), ("{}/*.jsonl,{}/*.txt", "all .parquet, .jsonl or .txt"),
-    ("{}/bad.parquet", "cannot be read"), ("{}/0.jsonl", "val_share=0.0: none of 20 documents goes to val.bin"),
-    ("{}/no_text.jsonl", "cannot be read"), ("{}/empty.jsonl", "cannot be read"),
-    ("", "HuggingFaceFW/fineweb: cannot be read .*offline.*; --input_files= takes local")])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ("{}/*.nothing", "0 files; expected some"),
+        ("{}/*.jsonl,{}/*.txt", "all .parquet, .jsonl or .txt"),
+        ("{}/bad.parquet", "cannot be read"),
+        ("{}/0.jsonl", "val_share=0.0: none of 20 documents goes to val.bin"),
+        ("{}/no_text.jsonl", "cannot be read"),
+        ("{}/empty.jsonl", "cannot be read"),
+        ("", "HuggingFaceFW/fineweb: cannot be read .*offline.*; --input_files= takes local"),
+    ],
+)
 def test_prepare_on_wrong_input(tmp_path, monkeypatch, given, said):
     if not given:
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
+        monkeypatch.setattr(
+            datasets,
+            "load_dataset",
+            lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")),
+        )
     write_files(tmp_path)
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1" + bytes(99))
     (tmp_path / "no_text.jsonl").write_text('{"body": "a"}\n')
     (tmp_path / "empty.jsonl").write_text("")
-    run = Run("data/fineweb/prepare.py", f"--input_files={given.format(tmp_path, tmp_path)}", "--tokenizer=bytes",
-              "--val_share=0", f"--out_dir={tmp_path}")  # fmt: skip
-    assert run.code == 2 and re.search(said, run.err.splitlines()[-1]) and "Traceback" not in run.err, run.err
+    run = Run(
+        "data/fineweb/prepare.py",
+        f"--input_files={given.format(tmp_path, tmp_path)}",
+        "--tokenizer=bytes",
+        "--val_share=0",
+        f"--out_dir={tmp_path}",
+    )
+    assert (
+        run.code == 2 and re.search(said, run.err.splitlines()[-1]) and "Traceback" not in run.err
+    ), run.err
     assert not (tmp_path / "meta.json").exists()
 
 
@@ -157,9 +230,16 @@ def test_a_corrupt_file_in_the_middle_stops_with_its_name_and_keeps_the_work(tmp
     files = write_files(tmp_path, "parquet")
     good = (tmp_path / "2.parquet").read_bytes()
     (tmp_path / "2.parquet").write_bytes(good[: len(good) // 2])
-    arguments = (f"--input_files={files}", "--tokenizer=bytes", "--val_share=0.2", f"--out_dir={tmp_path}")
+    arguments = (
+        f"--input_files={files}",
+        "--tokenizer=bytes",
+        "--val_share=0.2",
+        f"--out_dir={tmp_path}",
+    )
     run = Run("data/fineweb/prepare.py", *arguments)
-    assert run.code == 2 and "Traceback" not in run.err and not (tmp_path / "meta.json").exists(), run.err
+    assert run.code == 2 and "Traceback" not in run.err and not (tmp_path / "meta.json").exists(), (
+        run.err
+    )
     assert "the same command goes on" in run.err.splitlines()[-1]
     (tmp_path / "2.parquet").write_bytes(good)
     assert Run("data/fineweb/prepare.py", *arguments).code == 0 and written(tmp_path) == expected()
@@ -172,7 +252,11 @@ def test_a_full_disk_stops_with_the_folder_and_keeps_the_work(tmp_path, monkeypa
     files, write = write_files(tmp_path), corpus_module.write_atomically
     for allowed in (0, 3):
         writes = iter([write] * allowed + [full])
-        monkeypatch.setattr(corpus_module, "write_atomically", lambda path, data, writes=writes: next(writes)(path, data))
+        monkeypatch.setattr(
+            corpus_module,
+            "write_atomically",
+            lambda path, data, writes=writes: next(writes)(path, data),
+        )
         with pytest.raises(ValueError, match=f"{tmp_path}: OSError: .*No space left.* goes on"):
             write_documents(tmp_path, BYTES, open_corpus(files, "", "", ""), 0.2, batch=4)
     monkeypatch.undo()
@@ -192,7 +276,10 @@ def take(stream, lanes, count):
     rows = {lane: [stream.next(lane) for _ in range(count)] for lane in lanes}
     for x, y in (batch for batches in rows.values() for batch in batches):
         assert x.shape == y.shape == (2, 8) and np.array_equal(x.ravel()[1:], y.ravel()[:-1])
-    return {lane: b"".join(x.astype(np.uint8).tobytes() for x, _ in batches) for lane, batches in rows.items()}
+    return {
+        lane: b"".join(x.astype(np.uint8).tobytes() for x, _ in batches)
+        for lane, batches in rows.items()
+    }
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 5])
@@ -206,7 +293,9 @@ def test_lanes_share_the_documents_without_overlap(corpus, lanes):
             if part in parts:
                 break
             parts.append(part)
-        assert text.startswith(b"\0".join(parts) + b"\0" + parts[0])  # the second epoch follows on the first
+        assert text.startswith(
+            b"\0".join(parts) + b"\0" + parts[0]
+        )  # the second epoch follows on the first
         seen += parts
     assert len(seen) == len(train) and set(seen) == train
 
@@ -214,7 +303,9 @@ def test_lanes_share_the_documents_without_overlap(corpus, lanes):
 def test_a_process_with_some_of_the_lanes_makes_the_same_batches(corpus):
     whole = take(Stream(corpus, META, 4, range(4), (2, 8), {}), range(4), 5)
     for mine in ([0, 2], [1, 3]):
-        assert take(Stream(corpus, META, 4, mine, (2, 8), {}), mine, 5) == {lane: whole[lane] for lane in mine}
+        assert take(Stream(corpus, META, 4, mine, (2, 8), {}), mine, 5) == {
+            lane: whole[lane] for lane in mine
+        }
 
 
 @pytest.mark.parametrize("lanes", [2, 5])
@@ -252,11 +343,23 @@ def source(tmp_path):
 def test_the_validation_of_a_stream_is_what_prepare_holds_out(source):
     _, meta, validation = open_stream(source[0], source[1].removeprefix("--input_files="), 10**9)
     assert validation.astype(np.uint8).tobytes() == expected()[1]
-    assert meta["splits"]["val"] == {"tokens": len(validation), "bytes": len(validation) - expected()[1].count(0)}
+    assert meta["splits"]["val"] == {
+        "tokens": len(validation),
+        "bytes": len(validation) - expected()[1].count(0),
+    }
 
 
 def stream(source, out_dir, *arguments):
-    return Run("train.py", "--stream", f"--dataset={source[0]}", source[1], f"--out_dir={out_dir}", *TRAIN, "--max_iters=12", *arguments)
+    return Run(
+        "train.py",
+        "--stream",
+        f"--dataset={source[0]}",
+        source[1],
+        f"--out_dir={out_dir}",
+        *TRAIN,
+        "--max_iters=12",
+        *arguments,
+    )
 
 
 def test_a_streamed_run_goes_on_bit_for_bit_also_on_two_processes(source, tmp_path):

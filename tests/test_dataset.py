@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from conftest import Run, prose
 
-from dataset import download, load_meta, make_tokenizer, open_split, permute, random_key, write_dataset
+from dataset import (
+    download,
+    load_meta,
+    make_tokenizer,
+    open_split,
+    permute,
+    random_key,
+    write_dataset,
+)
 
 
 def split(folder, block_size=16, name="train", vocab_size=256):
@@ -20,7 +28,9 @@ def split(folder, block_size=16, name="train", vocab_size=256):
 def test_permute_is_a_permutation_that_depends_on_its_key(n):
     order = permute(np.arange(n), n, key=1)
     assert np.array_equal(np.sort(order), np.arange(n))
-    assert np.array_equal(permute(np.arange(n)[::-1], n, key=1), order[::-1])  # place by place, without a state
+    assert np.array_equal(
+        permute(np.arange(n)[::-1], n, key=1), order[::-1]
+    )  # place by place, without a state
     assert n < 7 or not np.array_equal(order, permute(np.arange(n), n, key=2))
 
 
@@ -33,7 +43,17 @@ def test_permute_looks_random():
 
 def test_random_key_is_the_same_everywhere():
     assert random_key(1337, "train", 0) == 7332775478000334554
-    assert len({random_key(seed, name, i) for seed in range(5) for name in ("a", "b") for i in range(100)}) == 1000
+    assert (
+        len(
+            {
+                random_key(seed, name, i)
+                for seed in range(5)
+                for name in ("a", "b")
+                for i in range(100)
+            }
+        )
+        == 1000
+    )
 
 
 def test_an_epoch_visits_every_window_once(corpus):
@@ -43,7 +63,9 @@ def test_an_epoch_visits_every_window_once(corpus):
     assert sorted(first) == list(range(0, n * 16, 16))
     second = data.shuffled(np.arange(n, 2 * n), seed=1)
     assert len(set(second % 16)) == 1 and len(set(second)) == n  # the same cut, moved by one offset
-    assert len({data.shuffled(np.array([n]), seed)[0] % 16 for seed in range(8)}) > 1  # another one for each seed
+    assert (
+        len({data.shuffled(np.array([n]), seed)[0] % 16 for seed in range(8)}) > 1
+    )  # another one for each seed
     assert sorted((second - second.min()) // 16) == list(range(n))
     assert not np.array_equal(np.argsort(first), np.argsort(second))
     assert not np.array_equal(first, data.shuffled(np.arange(n), seed=2))
@@ -54,7 +76,10 @@ def test_windows_are_the_tokens_and_their_successors(corpus):
     text = make_tokenizer(load_meta(corpus)).encode(prose(1, 10000))
     x, y = data.windows(np.array([0, 160, 5]))
     for row, start in enumerate((0, 160, 5)):
-        assert x[row].tolist() == text[start : start + 16] and y[row].tolist() == text[start + 1 : start + 17]
+        assert (
+            x[row].tolist() == text[start : start + 16]
+            and y[row].tolist() == text[start + 1 : start + 17]
+        )
     x, y = data.windows(np.array([len(text) - 10]))  # over the end and on at the beginning
     assert x[0].tolist() == (text[-10:] + text)[:16] and y[0].tolist() == (text[-10:] + text)[1:17]
 
@@ -97,23 +122,44 @@ def test_tokenizers_on_strange_input():
         make_tokenizer({"tokenizer": "char", "chars": "abc"}).encode("abz")
     tokenizer = make_tokenizer({"tokenizer": "bytes"})
     assert tokenizer.decode([255, 65]) == "\ufffdA"
-    assert tokenizer.encode(b"\xff\xc3A".decode("utf-8", "surrogateescape")) == [255, 0xC3, 65]  # as prompts are read
+    assert tokenizer.encode(b"\xff\xc3A".decode("utf-8", "surrogateescape")) == [
+        255,
+        0xC3,
+        65,
+    ]  # as prompts are read
 
 
 def test_what_is_written(tmp_path):
-    meta = write_dataset(tmp_path, {"tokenizer": "bytes"}, {"train": ["ab", b"c\xff"], "val": ["é"]})
+    meta = write_dataset(
+        tmp_path, {"tokenizer": "bytes"}, {"train": ["ab", b"c\xff"], "val": ["é"]}
+    )
     raw = (tmp_path / "train.bin").read_bytes()
     assert raw == np.array([97, 98, 99, 255], "<u2").tobytes()
-    assert meta == json.loads((tmp_path / "meta.json").read_text()) == {
-        "tokenizer": "bytes", "vocab_size": 256, "dtype": "uint16", "splits": {
-            "train": {"tokens": 4, "bytes": 4, "sha256": hashlib.sha256(raw).hexdigest()},
-            "val": {"tokens": 2, "bytes": 2, "sha256": hashlib.sha256(b"\xc3\0\xa9\0").hexdigest()}}}  # fmt: skip
+    assert (
+        meta
+        == json.loads((tmp_path / "meta.json").read_text())
+        == {
+            "tokenizer": "bytes",
+            "vocab_size": 256,
+            "dtype": "uint16",
+            "splits": {
+                "train": {"tokens": 4, "bytes": 4, "sha256": hashlib.sha256(raw).hexdigest()},
+                "val": {
+                    "tokens": 2,
+                    "bytes": 2,
+                    "sha256": hashlib.sha256(b"\xc3\0\xa9\0").hexdigest(),
+                },
+            },
+        }
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_large_alphabets_take_four_bytes(tmp_path):
     chars = "".join(map(chr, range(0x10000, 0x10000 + 2**16 + 1)))
-    write_dataset(tmp_path, {"tokenizer": "char", "chars": chars}, {"train": [chars], "val": [chars]})
+    write_dataset(
+        tmp_path, {"tokenizer": "char", "chars": chars}, {"train": [chars], "val": [chars]}
+    )
     data = split(tmp_path, vocab_size=2**16 + 1)
     assert data.windows(np.array([2**16 - 16]))[1][0, -1] == 2**16
 
@@ -141,7 +187,10 @@ def test_damaged_files_are_named_with_the_command_that_mends_them(copy):
     data = path.read_bytes()
     for damaged in (data[:-1], data[:-2], b"", data + b"\0\0"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="train.bin: .* bytes where meta.json says .*; run: python .*prepare.py"):
+        with pytest.raises(
+            ValueError,
+            match="train.bin: .* bytes where meta.json says .*; run: python .*prepare.py",
+        ):
             split(copy)
     path.unlink()
     with pytest.raises(ValueError, match="train.bin: is missing; run: python"):
@@ -193,7 +242,9 @@ def test_prepare_shakespeare_from_a_local_copy(tmp_path):
     assert files == {name: (tmp_path / name).read_bytes() for name in files}
     for bad in (tmp_path / "nowhere.txt", tmp_path / "empty.txt"):
         (tmp_path / "empty.txt").write_text("")
-        run = Run("data/shakespeare_char/prepare.py", f"--input_file={bad}", f"--out_dir={tmp_path}")
+        run = Run(
+            "data/shakespeare_char/prepare.py", f"--input_file={bad}", f"--out_dir={tmp_path}"
+        )
         assert run.code == 2 and bad.name in run.err and "Traceback" not in run.err
 
 
@@ -210,7 +261,9 @@ def test_prepare_pycode_splits_the_library_by_file(tmp_path, monkeypatch):
     assert Run("data/pycode/prepare.py", f"--out_dir={tmp_path}").code == 0
     val = bytes(np.fromfile(tmp_path / "val.bin", "<u2").astype(np.uint8))
     train = bytes(np.fromfile(tmp_path / "train.bin", "<u2").astype(np.uint8))
-    assert val == b"x = 0\nx = 20\n" and train == b"".join(b"x = %d\n" % i for i in range(40) if i % 20)
+    assert val == b"x = 0\nx = 20\n" and train == b"".join(
+        b"x = %d\n" % i for i in range(40) if i % 20
+    )
 
 
 @pytest.mark.skipif(sys.byteorder != "little", reason="compares raw bytes")
@@ -219,6 +272,13 @@ def test_nanogpts_files_are_read_as_they_are(tmp_path):
     for name in ("train", "val"):
         np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
     info = {"tokens": 100, "bytes": 400, "sha256": ""}
-    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", "splits": {"train": info, "val": info}}
+    meta = {
+        "tokenizer": "gpt2",
+        "vocab_size": 50257,
+        "dtype": "uint16",
+        "splits": {"train": info, "val": info},
+    }
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    assert split(tmp_path, vocab_size=50257).windows(np.array([10]))[0][0].tolist() == list(range(10, 26))
+    assert split(tmp_path, vocab_size=50257).windows(np.array([10]))[0][0].tolist() == list(
+        range(10, 26)
+    )

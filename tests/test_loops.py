@@ -28,7 +28,10 @@ def test_looped_is_the_same_weights_unrolled():
     unrolled = GPT(GPTConfig(**TINY, n_layer=len(order)))
     weights = {name: w for name, w in looped.state_dict().items() if ".h." not in name}
     for to, origin in enumerate(order):
-        weights |= {f"transformer.h.{to}.{name}": w for name, w in looped.transformer.h[origin].state_dict().items()}
+        weights |= {
+            f"transformer.h.{to}.{name}": w
+            for name, w in looped.transformer.h[origin].state_dict().items()
+        }
     unrolled.load_state_dict(weights)
     assert torch.equal(looped(idx, idx)[0], unrolled(idx, idx)[0])
 
@@ -40,17 +43,30 @@ def test_one_loop_without_injection_is_plain():
 
 
 def test_groups_loop_as_written_out():
-    model, idx = build(n_layer=5, loop_groups=[[0, 1], [3]], loop_counts=[2, 3], **PLAIN_LOOP, spread=0.1), tokens()
+    model, idx = (
+        build(n_layer=5, loop_groups=[[0, 1], [3]], loop_counts=[2, 3], **PLAIN_LOOP, spread=0.1),
+        tokens(),
+    )
     assert torch.equal(model(idx, idx)[0], compose(model, idx, [0, 1, 0, 1, 2, 3, 3, 3, 4]))
     assert torch.equal(model(idx, idx, n_loop=1)[0], compose(model, idx, range(5)))
-    assert torch.equal(model(idx, idx, n_loop=(1, 4))[0], compose(model, idx, [0, 1, 2, 3, 3, 3, 3, 4]))
+    assert torch.equal(
+        model(idx, idx, n_loop=(1, 4))[0], compose(model, idx, [0, 1, 2, 3, 3, 3, 3, 4])
+    )
     assert torch.equal(model(idx)[0], model(idx, n_loop=[2, 3])[0])
 
 
 def test_both_spellings_are_one_model():
-    sugar, groups, idx = build(spread=0.1), build(n_layer=4, loop_groups=[[1, 2]], n_loop=3), tokens()
+    sugar, groups, idx = (
+        build(spread=0.1),
+        build(n_layer=4, loop_groups=[[1, 2]], n_loop=3),
+        tokens(),
+    )
     groups.load_state_dict(sugar.state_dict())
-    assert sugar.config.stages == groups.config.stages == (((0,), False), ((1, 2), True), ((3,), False))
+    assert (
+        sugar.config.stages
+        == groups.config.stages
+        == (((0,), False), ((1, 2), True), ((3,), False))
+    )
     assert torch.equal(sugar(idx, idx)[0], groups(idx, idx)[0])
 
 
@@ -65,14 +81,20 @@ def test_parameters_do_not_depend_on_the_count():
     few, many = build(n_loop=1).state_dict(), build(n_loop=8).state_dict()
     assert {name: w.shape for name, w in few.items()} == {name: w.shape for name, w in many.items()}
     assert {name for name in few if name not in build(n_layer=4).state_dict()} == {
-        "transformer.loops.0.inject.weight", "transformer.loops.0.inject.bias", "transformer.loops.0.norm.weight"}  # fmt: skip
+        "transformer.loops.0.inject.weight",
+        "transformer.loops.0.inject.bias",
+        "transformer.loops.0.norm.weight",
+    }
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 20])
 @pytest.mark.parametrize("injection", ["passthrough", "add", "inject", "residual"])
 def test_group_is_the_equation(injection, n):
     """s = norm(after(blocks(inject(s, e)))) for n loops, whatever the model's own number."""
-    model, idx = build(input_injection=injection, residual_share=0.3, loop_embedding="learned", spread=0.1), tokens()
+    model, idx = (
+        build(input_injection=injection, residual_share=0.3, loop_embedding="learned", spread=0.1),
+        tokens(),
+    )
     h, loop, s = model.transformer.h, model.transformer.loops[0], None
     x, where = model.embed(idx)
     e = s = h[0](x, where)
@@ -124,7 +146,9 @@ def test_state_init():
     model = build(state_init="noise")
     fixed = first_state(model, e)
     assert torch.equal(fixed, first_state(model, e)) and torch.equal(fixed[0], fixed[1])
-    assert torch.equal(first_state(model, e[:1, :4]), fixed[:1, :4])  # a prefix starts as it does in the whole
+    assert torch.equal(
+        first_state(model, e[:1, :4]), fixed[:1, :4]
+    )  # a prefix starts as it does in the whole
     model.train()
     fresh = first_state(model, torch.zeros(64, 16, 32))
     assert not torch.equal(fresh[0], fresh[1])
@@ -143,7 +167,9 @@ def test_loop_noise_is_training_only_first_loop_only_more_than_one_loop_only():
     assert torch.equal(once(tokens())[0], once(tokens())[0])
 
 
-@pytest.mark.parametrize("options", [dict(state_init="noise"), dict(loop_noise_scale=1.0), dict(dropout=0.3)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(state_init="noise"), dict(loop_noise_scale=1.0), dict(dropout=0.3)], ids=str
+)
 def test_eval_is_deterministic_and_rows_are_independent(options):
     model, idx = build(**options, spread=0.1), tokens(3)
     together = model(idx, idx)[0]
@@ -187,7 +213,9 @@ def test_truncated_gradients_are_those_by_hand(injection, n, k):
 def saved_bytes(model, n):
     """Bytes that autograd keeps for the backward pass of n loops, each storage once."""
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t
+    ):
         loss = model(tokens(), tokens(), n_loop=n)[1]
     total = sum(t.untyped_storage().nbytes() for t in kept.values())
     del loss
@@ -214,7 +242,9 @@ def test_loops_representation_is_the_state_after_every_loop():
     x = model.transformer.h[2](states[0][-1], where)
     for i in range(4):
         assert torch.equal(states[1][i], model.transformer.loops[1](x, where, i + 1))
-    logits = model.logits(model.transformer.ln_f(model.transformer.h[4](states[1][-1], where))[:, [-1]])
+    logits = model.logits(
+        model.transformer.ln_f(model.transformer.h[4](states[1][-1], where))[:, [-1]]
+    )
     assert torch.equal(logits, model(idx, n_loop=(2, 4))[0])
     assert not any(loop.norm._forward_hooks for loop in model.transformer.loops)
 
@@ -226,20 +256,27 @@ def test_loops_representation_is_the_state_after_every_loop():
 def draws(sampling, mean, count=4000, bound=1000, seed=0):
     config = GPTConfig(**{**LOOPED, "loop_sampling": sampling, "n_loop": mean, "max_loops": bound})
     generator = torch.Generator().manual_seed(seed)
-    return torch.tensor([sample_loops(config, generator)[0] for _ in range(count)], dtype=torch.float64)
+    return torch.tensor(
+        [sample_loops(config, generator)[0] for _ in range(count)], dtype=torch.float64
+    )
 
 
 def test_poisson_draws_are_huginns():
     """The first twelve depths of its sampler at mean recurrence 32, seeded by step as there."""
     config = GPTConfig(**{**LOOPED, "loop_sampling": "poisson", "n_loop": 32, "max_loops": 1000})
-    depths = [sample_loops(config, torch.Generator().manual_seed(514229 + step))[0] for step in range(1, 13)]
+    depths = [
+        sample_loops(config, torch.Generator().manual_seed(514229 + step))[0]
+        for step in range(1, 13)
+    ]
     assert depths == [29, 29, 33, 52, 40, 16, 35, 29, 17, 17, 53, 20]
 
 
 def test_samplers_have_their_distribution():
     assert set(draws("fixed", 5).tolist()) == {5}
     uniform = draws("uniform", 4)
-    assert set(uniform.tolist()) == set(range(1, 8)) and uniform.mean().item() == pytest.approx(4, abs=0.1)
+    assert set(uniform.tolist()) == set(range(1, 8)) and uniform.mean().item() == pytest.approx(
+        4, abs=0.1
+    )
     geometric = draws("geometric", 4)
     assert geometric.mean().item() == pytest.approx(4, rel=0.05) and (
         geometric == 1
@@ -252,7 +289,12 @@ def test_samplers_have_their_distribution():
 @pytest.mark.parametrize("sampling", ["fixed", "uniform", "geometric", "poisson"])
 def test_samples_are_repeatable_ints_in_bounds(sampling):
     config = GPTConfig(
-        **TINY, n_layer=4, loop_groups=((0,), (2, 3)), loop_counts=(1, 5), max_loops=6, loop_sampling=sampling
+        **TINY,
+        n_layer=4,
+        loop_groups=((0,), (2, 3)),
+        loop_counts=(1, 5),
+        max_loops=6,
+        loop_sampling=sampling,
     )
 
     def sequence(seed):
@@ -261,16 +303,25 @@ def test_samples_are_repeatable_ints_in_bounds(sampling):
 
     assert sequence(3) == sequence(3)
     assert sampling == "fixed" or sequence(3) != sequence(4)
-    assert all(len(counts) == 2 and all(type(n) is int and 1 <= n <= 6 for n in counts) for counts in sequence(3))
+    assert all(
+        len(counts) == 2 and all(type(n) is int and 1 <= n <= 6 for n in counts)
+        for counts in sequence(3)
+    )
 
 
 # -----------------------------------------------------------------------------
 # another depth for each row
 
 
-ROWS = [dict(), dict(bptt_k=2), dict(input_injection="diagonal", state_init="zero", loop_norm="none", loop_exit="linear"),
-        dict(loop_embedding="learned", loop_entry="rmsnorm"), dict(loop_embedding="sinusoidal", position="rope"),
-        dict(document_separator=7), dict(state_init="noise", value_embedding=True)]  # fmt: skip
+ROWS = [
+    dict(),
+    dict(bptt_k=2),
+    dict(input_injection="diagonal", state_init="zero", loop_norm="none", loop_exit="linear"),
+    dict(loop_embedding="learned", loop_entry="rmsnorm"),
+    dict(loop_embedding="sinusoidal", position="rope"),
+    dict(document_separator=7),
+    dict(state_init="noise", value_embedding=True),
+]
 
 
 @pytest.mark.parametrize("options", ROWS, ids=str)
@@ -298,17 +349,28 @@ def test_rows_cost_the_mean_of_their_counts():
 
 
 def test_counts_per_row_and_group():
-    model, idx = build(n_layer=5, loop_groups=[[0, 1], [3]], loop_counts=[2, 3], spread=0.1), tokens(3)
-    mixed = model.logits(hidden_by_row(model, idx, (torch.tensor([1, 4, 2]), torch.tensor([3, 1, 3]))))
+    model, idx = (
+        build(n_layer=5, loop_groups=[[0, 1], [3]], loop_counts=[2, 3], spread=0.1),
+        tokens(3),
+    )
+    mixed = model.logits(
+        hidden_by_row(model, idx, (torch.tensor([1, 4, 2]), torch.tensor([3, 1, 3])))
+    )
     for row, counts in enumerate([(1, 3), (4, 1), (2, 3)]):
-        torch.testing.assert_close(mixed[[row], -1:], model(idx[[row]], n_loop=counts)[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            mixed[[row], -1:], model(idx[[row]], n_loop=counts)[0], atol=1e-5, rtol=1e-5
+        )
 
 
 # -----------------------------------------------------------------------------
 # exits and shifted labels
 
 
-@pytest.mark.parametrize("options", [dict(), dict(predict_ahead=True), dict(loop_exit="final_norm"), dict(n_coda=0)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(predict_ahead=True), dict(loop_exit="final_norm"), dict(n_coda=0)],
+    ids=str,
+)
 def test_exits_are_the_hidden_states_at_fewer_loops(options):
     model, idx = build(**options, spread=0.1), tokens()
     for n, (s, x) in enumerate(after_each_loop(model, idx, 5), 1):
@@ -320,7 +382,10 @@ def test_exits_are_the_hidden_states_at_fewer_loops(options):
 def test_shift_labels():
     targets = torch.arange(12).view(2, 6)
     assert torch.equal(shift_labels(targets, 1), targets)
-    assert shift_labels(targets, torch.tensor([2, 4])).tolist() == [[1, 2, 3, 4, 5, -1], [9, 10, 11, -1, -1, -1]]
+    assert shift_labels(targets, torch.tensor([2, 4])).tolist() == [
+        [1, 2, 3, 4, 5, -1],
+        [9, 10, 11, -1, -1, -1],
+    ]
 
 
 def test_a_shift_is_a_token_before_the_input():

@@ -33,7 +33,10 @@ def at_every_loop(model, idx, n):
     return logits, torch.stack(list(loop.states(h[0](x, where), where, n)))
 
 
-@pytest.mark.parametrize("what, products, activations", [("none", 1, 1), ("cheap", 1, 2), ("block", 2, 2), ("loop", 2, 2)])
+@pytest.mark.parametrize(
+    "what, products, activations",
+    [("none", 1, 1), ("cheap", 1, 2), ("block", 2, 2), ("loop", 2, 2)],
+)
 def test_what_is_computed_anew(what, products, activations):
     """Results of looped blocks that a step computes, in passes: matrix products of MLPs, and their activations."""
     model, seen = build(n_prelude=0, n_coda=0, n_embd=32, n_hidden=48), []
@@ -54,13 +57,20 @@ def test_what_is_computed_anew(what, products, activations):
         loss.backward()
     aten, passes = torch.ops.aten, model.config.n_block * model.config.n_loop
     forward = [name for name in seen if name in (aten.gelu, aten.addmm)]
-    assert forward.count(aten.addmm) == products * passes and forward.count(aten.gelu) == activations * passes
+    assert (
+        forward.count(aten.addmm) == products * passes
+        and forward.count(aten.gelu) == activations * passes
+    )
     assert loss.item() == pytest.approx(want, abs=1e-6)
 
 
 def nll(logits, targets):
     """(.., B, T), 0 where there is no target."""
-    chosen = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+    chosen = (
+        logits.log_softmax(-1)
+        .gather(-1, targets.clamp(min=0).expand(logits.shape[:-1]).unsqueeze(-1))
+        .squeeze(-1)
+    )
     return -chosen * (targets >= 0)
 
 
@@ -104,8 +114,15 @@ def test_objective_is_its_formula(name, chunk):
     total, parts = Objective(model, name, chunk, weighting="linear")(idx, targets, 4)
     wanted = by_hand(name, model, idx, targets, 4)
     torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-5)
-    trained = {n: p for n, p in model.named_parameters() if n.startswith("exit_gate") or name != "exit_gate"}
-    got, want = (torch.autograd.grad(loss, list(trained.values()), allow_unused=True) for loss in (total, wanted))
+    trained = {
+        n: p
+        for n, p in model.named_parameters()
+        if n.startswith("exit_gate") or name != "exit_gate"
+    }
+    got, want = (
+        torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        for loss in (total, wanted)
+    )
     for n, a, b in zip(trained, got, want, strict=True):
         assert (a is None) == (b is None), n
         if a is not None:
@@ -117,7 +134,11 @@ def test_objective_is_its_formula(name, chunk):
 
 def test_what_an_objective_trains():
     """exit_gate the gate alone; confidence the gate by states that it leaves alone; exit the trunk through the gate too."""
-    for name, gate, trunk in (("exit_gate", True, False), ("confidence", True, True), ("exit", True, True)):
+    for name, gate, trunk in (
+        ("exit_gate", True, False),
+        ("confidence", True, True),
+        ("exit", True, True),
+    ):
         model = build(**GATED, spread=0.1)
         Objective(model, name)(tokens(), labels(), 4)[0].backward()
         assert (model.exit_gate.weight.grad is not None) == gate
@@ -141,15 +162,28 @@ def test_further_heads_predict_further_tokens(chunk):
     for j, head in enumerate(model.ahead, 1):
         further = F.pad(targets[:, j:], (0, j), value=-1)
         loss = nll(model.logits(x + F.silu(x @ head.weight.T + head.bias)), further).sum()
-        torch.testing.assert_close(parts[f"head{j + 1}"], torch.stack((loss, (further >= 0).sum())).float())
+        torch.testing.assert_close(
+            parts[f"head{j + 1}"], torch.stack((loss, (further >= 0).sum())).float()
+        )
         wanted = wanted + 0.4 * loss
     torch.testing.assert_close(total, wanted)
     model = build(n_ahead=3)
     x = model.hidden(idx)
-    assert all(torch.equal(head(x), x) for head in model.ahead)  # they begin as the head of the next token
+    assert all(
+        torch.equal(head(x), x) for head in model.ahead
+    )  # they begin as the head of the next token
 
 
-@pytest.mark.parametrize("name,options", [("next", dict(n_ahead=3)), ("deep", {}), ("exit", GATED), ("distill", {}), ("confidence", GATED)])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("next", dict(n_ahead=3)),
+        ("deep", {}),
+        ("exit", GATED),
+        ("distill", {}),
+        ("confidence", GATED),
+    ],
+)
 def test_no_logits_are_kept_for_the_backward_pass(name, options):
     """Nothing of V channels in what autograd saves; without chunks one head alone does save its own."""
     model, idx, kept = build(vocab_size=499, **options).train(), tokens(), []
@@ -160,22 +194,43 @@ def test_no_logits_are_kept_for_the_backward_pass(name, options):
     assert any(499 in shape[-1:] for shape in kept)
 
 
-@pytest.mark.parametrize("name,options", [
-    ("next", {}), ("next", dict(n_ahead=3)), ("deep", {}), ("deep", dict(bptt_k=2)), ("exit", dict(exit_gate="state", loop_exit="linear"))])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("next", {}),
+        ("next", dict(n_ahead=3)),
+        ("deep", {}),
+        ("deep", dict(bptt_k=2)),
+        ("exit", dict(exit_gate="state", loop_exit="linear")),
+    ],
+)
 def test_flops_are_those_torch_counts(monkeypatch, name, options):
-    monkeypatch.setattr(objectives, "recomputed", lambda function, *tensors, use_reentrant: function(*tensors))
+    monkeypatch.setattr(
+        objectives, "recomputed", lambda function, *tensors, use_reentrant: function(*tensors)
+    )
     scored, idx = Objective(build(**options, tie_weights=False, spread=0.1), name), tokens(3, 16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         scored(idx, idx)[0].backward()
-    gates = 6 * 32 * 3 * idx.numel() if options.get("exit_gate") else 0  # a vector's, which are not counted
+    gates = (
+        6 * 32 * 3 * idx.numel() if options.get("exit_gate") else 0
+    )  # a vector's, which are not counted
     counted = counter.get_total_flops() - gates
-    if options.get("bptt_k"):  # loops without a gradient: the blocks after them get none for their input
+    if options.get(
+        "bptt_k"
+    ):  # loops without a gradient: the blocks after them get none for their input
         assert scored.flops_per_token() * idx.numel() == pytest.approx(counted, rel=0.05)
     else:
         assert scored.flops_per_token() * idx.numel() == pytest.approx(counted, rel=1e-9)
 
 
-WRONG = [("typo", {}), ("deep", dict(n_layer=3)), ("exit", {}), ("exit_gate", {}), ("confidence", {}), ("deep", dict(n_ahead=2))]
+WRONG = [
+    ("typo", {}),
+    ("deep", dict(n_layer=3)),
+    ("exit", {}),
+    ("exit_gate", {}),
+    ("confidence", {}),
+    ("deep", dict(n_ahead=2)),
+]
 
 
 @pytest.mark.parametrize("name,options", WRONG, ids=str)
@@ -187,10 +242,19 @@ def test_what_cannot_be_trained_so_is_refused(name, options):
 # -----------------------------------------------------------------------------
 # in training
 
-LAYOUTS = [("--batch_size=8", 1), ("--batch_size=4", 2), ("--batch_size=2", 4), ("--batch_size=1", 8)]
-EVERYTHING = ["--predict_ahead --max_shift=5 --loops_per_row --loop_sampling=poisson --bptt_k=2", "--n_ahead=3 --loss_chunk=7",
-              "--exit_gate=state --objective=exit --loop_sampling=uniform", "--exit_gate=mean_state --objective=confidence",
-              "--objective=distill --weight_decay_all"]  # fmt: skip
+LAYOUTS = [
+    ("--batch_size=8", 1),
+    ("--batch_size=4", 2),
+    ("--batch_size=2", 4),
+    ("--batch_size=1", 8),
+]
+EVERYTHING = [
+    "--predict_ahead --max_shift=5 --loops_per_row --loop_sampling=poisson --bptt_k=2",
+    "--n_ahead=3 --loss_chunk=7",
+    "--exit_gate=state --objective=exit --loop_sampling=uniform",
+    "--exit_gate=mean_state --objective=confidence",
+    "--objective=distill --weight_decay_all",
+]
 
 
 @pytest.mark.parametrize("options", EVERYTHING)
@@ -199,8 +263,16 @@ def test_micro_steps_are_one_big_batch(corpus, tmp_path, options):
     moments = []
     for batch, micro_steps in LAYOUTS:
         folder = tmp_path / str(micro_steps)
-        run = train(corpus, folder, *options.split(), batch, f"--gradient_accumulation_steps={micro_steps}", "--max_iters=1",
-                    "--eval_interval=1", "--grad_clip=0")
+        run = train(
+            corpus,
+            folder,
+            *options.split(),
+            batch,
+            f"--gradient_accumulation_steps={micro_steps}",
+            "--max_iters=1",
+            "--eval_interval=1",
+            "--grad_clip=0",
+        )
         assert run.code == 0, run.err
         moments.append(checkpoint.load(folder)["optimizer"]["adamw"]["state"])
     for state in moments[1:]:
@@ -227,8 +299,16 @@ def test_the_gate_alone_is_trained(corpus, tmp_path):
     """Stage II leaves the language model bit for bit, moves the gate, and lowers its loss."""
     first, second = tmp_path / "first", tmp_path / "second"
     assert train(corpus, first, "--objective=exit", "--exit_gate=state").code == 0
-    run = train(corpus, second, "--objective=exit_gate", f"--init_from={first}", "--max_iters=20", "--lr_decay_iters=20",
-                "--optimizer=muon", "--eval_interval=20")
+    run = train(
+        corpus,
+        second,
+        "--objective=exit_gate",
+        f"--init_from={first}",
+        "--max_iters=20",
+        "--lr_decay_iters=20",
+        "--optimizer=muon",
+        "--eval_interval=20",
+    )
     assert run.code == 0, run.err
     before, after = (checkpoint.load(folder)["model"] for folder in (first, second))
     for name, w in before.items():
@@ -243,7 +323,12 @@ def test_evaluation_tells_each_shift(corpus, tmp_path):
     run = train(corpus, tmp_path / "out", "--predict_ahead", "--max_shift=3")
     assert run.code == 0 and "tokens ahead" in run.out, run.err
     rows = log(tmp_path / "out")[-1]["eval"]
-    assert [(row["split"], row["shift"]) for row in rows] == [("train", 1), ("val", 1), ("val", 2), ("val", 3)]
+    assert [(row["split"], row["shift"]) for row in rows] == [
+        ("train", 1),
+        ("val", 1),
+        ("val", 2),
+        ("val", 3),
+    ]
     import pretrained
     from dataset import load_meta, open_split
 
@@ -258,7 +343,12 @@ def test_evaluation_tells_each_shift(corpus, tmp_path):
 
 def test_bfloat16_weights_have_float32_masters(corpus, tmp_path):
     """What is saved is float32 and remembers steps too small for bfloat16; losses stay near those of float32."""
-    options = ("--max_iters=30", "--lr_decay_iters=30", "--eval_interval=30", "--learning_rate=3e-3")
+    options = (
+        "--max_iters=30",
+        "--lr_decay_iters=30",
+        "--eval_interval=30",
+        "--learning_rate=3e-3",
+    )
     assert train(corpus, tmp_path / "full", *options).code == 0
     assert train(corpus, tmp_path / "half", *options, "--param_dtype=bfloat16").code == 0
     weights = checkpoint.load(tmp_path / "half")["model"]
@@ -272,9 +362,18 @@ def test_weight_decay_spares_norms_and_embeddings_unless_asked(corpus, tmp_path)
     """With a rate so small that the gradient hardly counts: what weight decay alone does to the weights."""
     norms = {}
     for name, more in (("spared", ()), ("all", ("--weight_decay_all",))):
-        options = ("--max_iters=1", "--eval_interval=1", "--weight_decay=100", "--learning_rate=1e-3", "--decay_lr=False", *more)
+        options = (
+            "--max_iters=1",
+            "--eval_interval=1",
+            "--weight_decay=100",
+            "--learning_rate=1e-3",
+            "--decay_lr=False",
+            *more,
+        )
         assert train(corpus, tmp_path / name, *options).code == 0
-        norms[name] = {key: w.norm().item() for key, w in checkpoint.load(tmp_path / name)["model"].items()}
+        norms[name] = {
+            key: w.norm().item() for key, w in checkpoint.load(tmp_path / name)["model"].items()
+        }
     for key, spared in norms["spared"].items():
         decayed = norms["all"][key]
         if key.startswith("transformer.w") or "ln_" in key and "weight" in key:
@@ -285,9 +384,13 @@ def test_weight_decay_spares_norms_and_embeddings_unless_asked(corpus, tmp_path)
 
 def test_the_log_has_every_part(corpus, tmp_path):
     assert train(corpus, tmp_path / "out", "--n_ahead=2").code == 0
-    entries = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    ]
     assert all({"loss", "head2"} <= entry.keys() for entry in entries if "lr" in entry)
-    assert entries[-1]["objective"]["loss"] == pytest.approx(entries[-1]["eval"][1]["loss"], rel=1e-5)
+    assert entries[-1]["objective"]["loss"] == pytest.approx(
+        entries[-1]["eval"][1]["loss"], rel=1e-5
+    )
 
 
 def test_the_chunked_loss_computes_in_bfloat16_where_the_rest_does():

@@ -15,16 +15,24 @@ CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "config")
 
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_parses_and_builds(path):
-    model_knobs, train_knobs = read_knobs(ROOT / "model.py", "GPTConfig"), read_knobs(ROOT / "train.py")
+    model_knobs, train_knobs = (
+        read_knobs(ROOT / "model.py", "GPTConfig"),
+        read_knobs(ROOT / "train.py"),
+    )
     given = read_config_file(str(ROOT / path), model_knobs | train_knobs)
     with torch.device("meta"):
-        model = GPT(GPTConfig(**{name: value for name, value in given.items() if name in model_knobs}))
+        model = GPT(
+            GPTConfig(**{name: value for name, value in given.items() if name in model_knobs})
+        )
     assert model.get_num_params() > 0
     assert (ROOT / "data" / given["dataset"] / "prepare.py").exists()
     head = (ROOT / path).read_text().split("\n\n")[0]
-    assert head.startswith("#") and f"train.py {path}" in head and "Loss to expect: " in head and "TBD" not in head, (
-        "says the command and the loss to expect"
-    )
+    assert (
+        head.startswith("#")
+        and f"train.py {path}" in head
+        and "Loss to expect: " in head
+        and "TBD" not in head
+    ), "says the command and the loss to expect"
 
 
 def test_compiled_blocks_compute_the_same_and_never_recompile_for_a_loop_count():
@@ -47,13 +55,21 @@ def test_compiled_blocks_compute_the_same_and_never_recompile_for_a_loop_count()
 
 def test_the_readmes_test_command_is_what_ci_runs():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
-    command = next(line for line in readme.splitlines() if "pytest" in line and "venv" in line).strip()
+    command = next(
+        line for line in readme.splitlines() if "pytest" in line and "venv" in line
+    ).strip()
     assert command in ci and subprocess.run(["bash", "-n", ROOT / ".ci" / "run"]).returncode == 0
 
 
 def test_readme_names_only_files_and_options_that_exist():
     readme = (ROOT / "README.md").read_text()
-    scripts = [*(ROOT / f"{name}.py" for name in ("train", "sample", "bench", "analyze", "pretrained", "tests/torture")), *(ROOT / "data").glob("*/prepare.py")]
+    scripts = [
+        *(
+            ROOT / f"{name}.py"
+            for name in ("train", "sample", "bench", "analyze", "pretrained", "tests/torture")
+        ),
+        *(ROOT / "data").glob("*/prepare.py"),
+    ]
     knobs = {name for script in scripts for name in read_knobs(script)}
     knobs |= set(read_knobs(ROOT / "model.py", "GPTConfig")) | {
         "standalone",

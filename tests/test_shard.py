@@ -11,8 +11,10 @@ from test_train import log, losses, torchrun
 import checkpoint
 
 PLAIN = "--n_prelude=0 --n_block=0 --n_coda=0 --n_layer=3 --n_loop=1".split()
-LOOPED = ("--objective=exit --exit_gate=state --loop_sampling=poisson --bptt_k=2 --ema_decay=0.9 --recompute=loop "
-          "--automatic_loop_exit --automatic_loop_exit_threshold=0.3 --eval_loops=1").split()  # fmt: skip
+LOOPED = (
+    "--objective=exit --exit_gate=state --loop_sampling=poisson --bptt_k=2 --ema_decay=0.9 --recompute=loop "
+    "--automatic_loop_exit --automatic_loop_exit_threshold=0.3 --eval_loops=1"
+).split()
 FOUR = "--gradient_accumulation_steps=4"
 
 
@@ -55,25 +57,41 @@ def shapes(part):
 
 
 def head_and_embedding(ckpt):
-    return {ckpt["model"][name].untyped_storage().data_ptr() for name in ("lm_head.weight", "transformer.wte.weight")}
+    return {
+        ckpt["model"][name].untyped_storage().data_ptr()
+        for name in ("lm_head.weight", "transformer.wte.weight")
+    }
 
 
 def test_muon_and_bfloat16_weights_divided(corpus, tmp_path):
     """Within the rounding of bfloat16, in which Muon and the loss are computed."""
-    options = (FOUR, "--optimizer=muon", "--param_dtype=bfloat16", "--learning_rate=1e-3", "--muon_learning_rate=1e-2")
+    options = (
+        FOUR,
+        "--optimizer=muon",
+        "--param_dtype=bfloat16",
+        "--learning_rate=1e-3",
+        "--muon_learning_rate=1e-2",
+    )
     train(corpus, tmp_path / "whole", *options)
     run = torchrun(corpus, tmp_path / "divided", *options, "--shard")
     assert run.returncode == 0, run.stderr
     assert_losses_alike(tmp_path / "divided", tmp_path / "whole", 1e-2)
 
 
-@pytest.mark.parametrize("wrong, words", {
-    "--spectral_clip_beta=1": "spectral_clip_beta=1.0", "--loops_per_row --loop_sampling=uniform": "loops_per_row=True"}.items())  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, words",
+    {
+        "--spectral_clip_beta=1": "spectral_clip_beta=1.0",
+        "--loops_per_row --loop_sampling=uniform": "loops_per_row=True",
+    }.items(),
+)
 def test_what_cannot_be_divided_is_refused(corpus, tmp_path, monkeypatch, wrong, words):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     run = train(corpus, tmp_path / "out", "--shard", *wrong.split())
-    assert run.code == 2 and run.err.count("\n") == 1 and words in run.err and "shard" in run.err, run.err
+    assert run.code == 2 and run.err.count("\n") == 1 and words in run.err and "shard" in run.err, (
+        run.err
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -92,8 +110,22 @@ def counted(*arguments, **options):
 dist.reduce_scatter_single = counted
 runpy.run_path("train.py", run_name="__main__")
 """)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    command += [f"--dataset={corpus}", f"--out_dir={tmp_path / 'out'}", *TRAIN, "--shard", FOUR, "--max_iters=3"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
+    command += [
+        f"--dataset={corpus}",
+        f"--out_dir={tmp_path / 'out'}",
+        *TRAIN,
+        "--shard",
+        FOUR,
+        "--max_iters=3",
+    ]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert len(calls.read_text().splitlines()) == 3 * 5

@@ -74,9 +74,18 @@ def main():
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 24
-SHORT = [*TRAIN, f"--max_iters={STEPS}", f"--lr_decay_iters={STEPS}", "--eval_interval=6", "--save_interval=4", "--init_from=auto"]
-NOISY = ("--dropout=0.2 --loop_noise_scale=1 --state_init=noise --loop_sampling=poisson --predict_ahead --optimizer=muon "
-         "--ema_decay=0.9 --spectral_clip_beta=0.5 --eval_loops=1,4 --spike_factor=3").split()  # fmt: skip
+SHORT = [
+    *TRAIN,
+    f"--max_iters={STEPS}",
+    f"--lr_decay_iters={STEPS}",
+    "--eval_interval=6",
+    "--save_interval=4",
+    "--init_from=auto",
+]
+NOISY = (
+    "--dropout=0.2 --loop_noise_scale=1 --state_init=noise --loop_sampling=poisson --predict_ahead --optimizer=muon "
+    "--ema_decay=0.9 --spectral_clip_beta=0.5 --eval_loops=1,4 --spike_factor=3"
+).split()
 CLOCK = ("ms", "tokens_per_second", "mfu")
 COUNTS = Counter()  # of a row, for its last line
 PATIENCE = 120  # seconds after which a process that should have ended is a failure
@@ -85,7 +94,9 @@ PATIENCE = 120  # seconds after which a process that should have ended is a fail
 # processes: forked from one that has imported torch, so that a trial costs a second and not six
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torture", "datasets", "torch._dynamo", "torch.distributed", "tqdm"])
+CONTEXT.set_forkserver_preload(
+    ["torture", "datasets", "torch._dynamo", "torch.distributed", "tqdm"]
+)
 
 
 def play(arguments, output, environment, prepare):
@@ -96,7 +107,9 @@ def play(arguments, output, environment, prepare):
     os.environ.update(environment)
     os.chdir(ROOT)
     sys.argv = ["train.py", *map(str, arguments)]
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave there
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is a semaphore of the system, which a killed process would leave there
     if prepare:
         prepare[0](*prepare[1:])
     runpy.run_path("train.py", run_name="__main__")
@@ -178,9 +191,17 @@ def difference(a, b, where=""):
         same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
         return "" if same else where
     if isinstance(a, dict):
-        places = [difference(a[key], b[key], f"{where}.{key}") for key in a] if a.keys() == getattr(b, "keys", list)() else [where]
+        places = (
+            [difference(a[key], b[key], f"{where}.{key}") for key in a]
+            if a.keys() == getattr(b, "keys", list)()
+            else [where]
+        )
     elif isinstance(a, (list, tuple)):
-        places = [difference(x, y, f"{where}.{i}") for i, (x, y) in enumerate(zip(a, b))] if len(a) == len(b) else [where]
+        places = (
+            [difference(x, y, f"{where}.{i}") for i, (x, y) in enumerate(zip(a, b))]
+            if len(a) == len(b)
+            else [where]
+        )
     else:
         places = [] if a == b or a != a and b != b else [where]  # NaN is NaN
     return next(filter(None, places), "")
@@ -188,7 +209,10 @@ def difference(a, b, where=""):
 
 def apart(folder, other):
     """Where the checkpoints and logs of two runs differ, or ""."""
-    a, b = ({k: v for k, v in checkpoint.load(each).items() if k != "config"} for each in (folder, other))
+    a, b = (
+        {k: v for k, v in checkpoint.load(each).items() if k != "config"}
+        for each in (folder, other)
+    )
     return difference(a, b, "ckpt") or difference(log(folder), log(other), "log")
 
 
@@ -205,7 +229,11 @@ class Place:
     """A corpus and a folder for runs, with what they are called with."""
 
     def __init__(self, folder):
-        self.folder, self.data, self.source = Path(folder), Path(folder, "data"), Path(folder, "source")
+        self.folder, self.data, self.source = (
+            Path(folder),
+            Path(folder, "data"),
+            Path(folder, "source"),
+        )
         self.data.mkdir()
         self.source.mkdir()
         texts = {"train": [prose(1, 10000)], "val": [prose(2, 3000)]}
@@ -214,8 +242,14 @@ class Place:
             documents = [prose(random.Random(part * 1000 + i).random(), 30) for i in range(60)]
             lines = [json.dumps({"text": document}) + "\n" for document in documents]
             Path(self.source, f"{part}.jsonl").write_text("".join(lines))
-        text = (ROOT / "data" / "wikipedia" / "prepare.py").read_text().replace('tokenizer = "gpt2"', 'tokenizer = "bytes"')
-        Path(self.source, "prepare.py").write_text(re.sub("val_share = [0-9.]+", "val_share = 0.2", text))
+        text = (
+            (ROOT / "data" / "wikipedia" / "prepare.py")
+            .read_text()
+            .replace('tokenizer = "gpt2"', 'tokenizer = "bytes"')
+        )
+        Path(self.source, "prepare.py").write_text(
+            re.sub("val_share = [0-9.]+", "val_share = 0.2", text)
+        )
         self.count = 0
 
     def new(self):
@@ -226,7 +260,12 @@ class Place:
 
     def call(self, out, *options, stream=False):
         source = [f"--dataset={self.source}", "--stream", f"--input_files={self.source}/*.jsonl"]
-        return [*(source if stream else [f"--dataset={self.data}"]), *SHORT, f"--out_dir={out}", *options]
+        return [
+            *(source if stream else [f"--dataset={self.data}"]),
+            *SHORT,
+            f"--out_dir={out}",
+            *options,
+        ]
 
     def undisturbed(self, *options, processes=1, stream=False):
         """(folder, seconds) of a run to its end."""
@@ -250,7 +289,11 @@ def killed(place, trials, processes=1):
         for aim in random.sample(("anywhere", "save", "evaluation"), 3):
             moments.append(strike(begin(printed, processes, call), out, aim, seconds))
         codes = end(begin(printed, processes, call))
-        wrong = apart(whole, out) if codes == [0] * processes else f"ended with {codes}: {tail(printed)}"
+        wrong = (
+            apart(whole, out)
+            if codes == [0] * processes
+            else f"ended with {codes}: {tail(printed)}"
+        )
         COUNTS["kills"] += sum(map(bool, moments))
         COUNTS["of them in a save"] += sum("save" in moment for moment in moments)
         COUNTS["of them in an evaluation"] += sum("evaluation" in moment for moment in moments)
@@ -264,15 +307,25 @@ def killed_two(place, trials):
 
 def strike(group, out, aim, seconds):
     """Kill a group of processes at a random moment; says where that was, or "" if it had ended by itself."""
-    part, path, begun, clock = Path(out, "ckpt.pt.part"), Path(out, "log.jsonl"), time.time_ns(), time.monotonic()
+    part, path, begun, clock = (
+        Path(out, "ckpt.pt.part"),
+        Path(out, "log.jsonl"),
+        time.time_ns(),
+        time.monotonic(),
+    )
     saved = newest(out)
     every = {"anywhere": STEPS, "save": 2, "evaluation": 6}[aim]
-    step = random.choice([step for step in range(every, STEPS + 1, every) if step > saved] or [STEPS])
+    step = random.choice(
+        [step for step in range(every, STEPS + 1, every) if step > saved] or [STEPS]
+    )
     if aim == "anywhere":
         moment = clock + random.uniform(0, seconds * (1.2 - saved / STEPS))
         wait(lambda: time.monotonic() > moment, group)
     else:
-        wait(lambda: path.exists() and path.stat().st_mtime_ns > begun and made(out) >= step - 1, group)
+        wait(
+            lambda: path.exists() and path.stat().st_mtime_ns > begun and made(out) >= step - 1,
+            group,
+        )
         time.sleep(random.uniform(0, 0.03)) if aim == "evaluation" else wait(part.exists, group)
     alive = [process for process in group if process.is_alive()]
     for process in random.sample(alive, random.randint(1, len(alive))) if alive else ():
@@ -287,7 +340,9 @@ def damaged(place, trials):
     """One of the files of a run is damaged: it is named, and the one before it is used. trials: of each kind."""
     out, _ = place.undisturbed()
     whole = {path.name: path.read_bytes() for path in out.glob("ckpt*")}
-    newest, older = (checkpoint.load(out / name)["iter_num"] for name in ("ckpt.pt", "ckpt_prev.pt"))
+    newest, older = (
+        checkpoint.load(out / name)["iter_num"] for name in ("ckpt.pt", "ckpt_prev.pt")
+    )
     size = len(whole["ckpt.pt"])
     kinds = {
         "bit": lambda data: flipped(data, random.randrange(8 * len(data))),
@@ -299,9 +354,20 @@ def damaged(place, trials):
     }
     for kind, damage in kinds.items():
         for _ in range(trials if kind in ("bit", "cut") else min(trials, 2)):
-            yield after_damage(out, whole | {"ckpt.pt": damage(whole["ckpt.pt"])}, older, "ckpt.pt: ", kind)
-    for kind, damage in kinds.items():  # the list of the files' hashes: they are taken, unverified if need be
-        used = after_damage(out, whole | {"ckpt.json": damage(whole["ckpt.json"])}, (newest, older), "ckpt", f"manifest: {kind}")
+            yield after_damage(
+                out, whole | {"ckpt.pt": damage(whole["ckpt.pt"])}, older, "ckpt.pt: ", kind
+            )
+    for (
+        kind,
+        damage,
+    ) in kinds.items():  # the list of the files' hashes: they are taken, unverified if need be
+        used = after_damage(
+            out,
+            whole | {"ckpt.json": damage(whole["ckpt.json"])},
+            (newest, older),
+            "ckpt",
+            f"manifest: {kind}",
+        )
         yield used
 
 
@@ -324,7 +390,11 @@ def after_damage(out, files, expected, words, kind):
     except ValueError as error:
         return f"{kind}: {error}"
     expected = expected if isinstance(expected, tuple) else (expected,)
-    return "" if loaded in expected and (words in said.getvalue() or kind == "manifest: bit") else f"{kind}: loaded {loaded}, said {said.getvalue()!r}"
+    return (
+        ""
+        if loaded in expected and (words in said.getvalue() or kind == "manifest: bit")
+        else f"{kind}: loaded {loaded}, said {said.getvalue()!r}"
+    )
 
 
 def full(place, trials):
@@ -335,10 +405,14 @@ def full(place, trials):
     for trial in range(trials):
         out, printed = place.new()
         call = place.call(out)
-        assert end([start(printed, *call, f"--max_iters={random.randint(5, 12)}")]) == [0], tail(printed)
+        assert end([start(printed, *call, f"--max_iters={random.randint(5, 12)}")]) == [0], tail(
+            printed
+        )
         before, printed = checkpoint.load(out)["iter_num"], f"{printed}2"
         if trial % 2:
-            (code,) = end([start(printed, *call, prepare=(no_room, random.randint(size // 20, size - 1)))])
+            (code,) = end(
+                [start(printed, *call, prepare=(no_room, random.randint(size // 20, size - 1)))]
+            )
         else:
             process = start(printed, *call, prepare=(no_rights,))
             wait(lambda: made(out) > before, [process])  # noqa: B023
@@ -346,12 +420,22 @@ def full(place, trials):
             (code,) = end([process])
             out.chmod(0o755)
         words = Path(printed).read_text().strip().splitlines()
-        clear = "Traceback" not in "".join(words) and re.search("train.py: .*(too large|cannot be written|denied)", words[-1])
+        clear = "Traceback" not in "".join(words) and re.search(
+            "train.py: .*(too large|cannot be written|denied)", words[-1]
+        )
         wrong = "" if code == 2 and clear else f"exit code {code}, {words[-3:]}"
         kept = checkpoint.load(out)["iter_num"]
         parts = [path.name for path in out.glob("*.part")]
-        wrong = wrong or ("" if kept >= before and not (parts and trial % 2) else f"went from {before} to {kept}, {parts} left")
-        yield wrong or ("" if end([start(printed, *call)]) == [0] else tail(printed)) or apart(whole, out)
+        wrong = wrong or (
+            ""
+            if kept >= before and not (parts and trial % 2)
+            else f"went from {before} to {kept}, {parts} left"
+        )
+        yield (
+            wrong
+            or ("" if end([start(printed, *call)]) == [0] else tail(printed))
+            or apart(whole, out)
+        )
 
 
 def no_room(size):
@@ -366,7 +450,9 @@ def no_rights():
 
 def signalled(place, trials, processes=1):
     """SIGTERM, SIGINT and SIGUSR1 at random moments: saved within a step, the right exit code, and resumed exactly."""
-    whole, seconds = place.undisturbed(*NOISY, "--save_interval=0", "--eval_interval=12", processes=processes)
+    whole, seconds = place.undisturbed(
+        *NOISY, "--save_interval=0", "--eval_interval=12", processes=processes
+    )
     for trial in range(trials):
         out, printed = place.new()
         call = place.call(out, *NOISY, "--save_interval=0", "--eval_interval=12")
@@ -390,7 +476,13 @@ def signalled_two(place, trials):
 def answer(group, out, number, seen):
     """What is wrong with how processes answer to a signal that came when step seen had been made."""
     if number == signal.SIGUSR1:
-        wait(lambda: (newest(out) > seen and not Path(out, "ckpt.pt.part").exists()) or made(out) > seen + 2, group)
+        wait(
+            lambda: (
+                (newest(out) > seen and not Path(out, "ckpt.pt.part").exists())
+                or made(out) > seen + 2
+            ),
+            group,
+        )
         kill(group)
         expected = [0, -signal.SIGKILL, 1]  # 1: it found the other one dead
     else:
@@ -407,15 +499,24 @@ def interrupted(place, trials):
     for _ in range(trials):
         out, printed = place.new()
         end([start(printed, *place.call(out, "--max_iters=4"))])
-        call = place.call(out, "--eval_interval=5", "--eval_iters=1000", "--eval_loops=64,63,62,61,60")
+        call = place.call(
+            out, "--eval_interval=5", "--eval_iters=1000", "--eval_loops=64,63,62,61,60"
+        )
         process = start(printed, *call, "--save_interval=0")
         wait(lambda: made(out) >= 4, [process])  # noqa: B023
         time.sleep(random.uniform(0, 0.3))
         process.terminate()
         begun = time.monotonic()
         (code,) = end([process])
-        took, saved = time.monotonic() - begun, checkpoint.load(out)["iter_num"] if checkpoint.exists(out) else 0
-        yield "" if code == 143 and took < 5 and saved == 5 else f"exit code {code} after {took:.1f} s, saved at {saved}: {tail(printed)}"
+        took, saved = (
+            time.monotonic() - begun,
+            checkpoint.load(out)["iter_num"] if checkpoint.exists(out) else 0,
+        )
+        yield (
+            ""
+            if code == 143 and took < 5 and saved == 5
+            else f"exit code {code} after {took:.1f} s, saved at {saved}: {tail(printed)}"
+        )
 
 
 def restarted(place, trials):
@@ -423,9 +524,18 @@ def restarted(place, trials):
     whole, _ = place.undisturbed(*NOISY, processes=2)
     for _ in range(trials):
         out, printed = place.new()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "--max-restarts=2",
+        ]
         with open(printed, "w") as file:
-            job = subprocess.Popen([*command, "train.py", *place.call(out, *NOISY)], cwd=ROOT, stdout=file, stderr=file)
+            job = subprocess.Popen(
+                [*command, "train.py", *place.call(out, *NOISY)], cwd=ROOT, stdout=file, stderr=file
+            )
         step = random.randrange(STEPS - 6)
         if not wait_for(lambda: made(out) >= step, job):  # noqa: B023
             yield tail(printed)
@@ -466,12 +576,21 @@ def dead(place, trials):
 
 def layouts(place, trials):
     """(4 x 2), (8 x 1), (1 x 8) and two processes: the same losses, and from two on to one and back."""
-    steady = ("--max_iters=20", "--learning_rate=1e-3", "--min_lr=1e-4", "--loop_sampling=poisson", "--eval_interval=20", "--save_interval=5")
+    steady = (
+        "--max_iters=20",
+        "--learning_rate=1e-3",
+        "--min_lr=1e-4",
+        "--loop_sampling=poisson",
+        "--eval_interval=20",
+        "--save_interval=5",
+    )
     for trial in range(trials):
         steadily = (*steady, f"--seed={trial}")
         whole, _ = place.undisturbed(*steadily)
         for batch, steps in ((8, 1), (1, 8)):
-            other, _ = place.undisturbed(*steadily, f"--batch_size={batch}", f"--gradient_accumulation_steps={steps}")
+            other, _ = place.undisturbed(
+                *steadily, f"--batch_size={batch}", f"--gradient_accumulation_steps={steps}"
+            )
             yield far(whole, other)
         other, _ = place.undisturbed(*steadily, processes=2)
         yield far(whole, other)
@@ -484,24 +603,47 @@ def layouts(place, trials):
 
 def far(folder, other):
     """Where the losses of two runs are more than 1e-6 apart, or ""."""
-    a, b = ({entry["iter"]: entry["loss"] for entry in log(each) if "loss" in entry} for each in (folder, other))
-    worst = max(abs(a[step] / b[step] - 1) for step in a) if a.keys() == b.keys() and len(a) == 20 else 1
-    COUNTS["largest relative difference of a loss"] = max(COUNTS["largest relative difference of a loss"], worst)
+    a, b = (
+        {entry["iter"]: entry["loss"] for entry in log(each) if "loss" in entry}
+        for each in (folder, other)
+    )
+    worst = (
+        max(abs(a[step] / b[step] - 1) for step in a)
+        if a.keys() == b.keys() and len(a) == 20
+        else 1
+    )
+    COUNTS["largest relative difference of a loss"] = max(
+        COUNTS["largest relative difference of a loss"], worst
+    )
     return "" if worst <= 1e-6 else f"losses differ by {worst:.1e}"
 
 
 def poisoned(place, trials):
     """NaN, Inf or a spike in one micro-step of one process: all skip that step alike, weights, moments and average stay
     as they were; and from some step on in all: the run stops, and the last checkpoint is good."""
-    options = (*NOISY, "--max_iters=130", "--eval_interval=200", "--save_interval=1", "--keep_last=131", "--eval_iters=1")
+    options = (
+        *NOISY,
+        "--max_iters=130",
+        "--eval_interval=200",
+        "--save_interval=1",
+        "--keep_last=131",
+        "--eval_iters=1",
+    )
     for trial in range(trials):
-        how, processes = ("nan", "inf", "gradient", "spike")[trial % 4], 1 + (trial + trial // 4) % 2
+        how, processes = (
+            ("nan", "inf", "gradient", "spike")[trial % 4],
+            1 + (trial + trial // 4) % 2,
+        )
         out, printed = place.new()
         at = random.randint(105, 125) if how == "spike" else random.randint(0, 10)
         stop = () if how == "spike" else ("--max_iters=13",)
         call = place.call(out, *options, "--spike_factor=20", *stop)
         first = () if processes == 2 else (poison, how, 2 * at, 2 * at + 1)
-        group = start_two(printed, *call, prepare=(poison, how, at, at + 1)) if processes == 2 else [start(printed, *call, prepare=first)]
+        group = (
+            start_two(printed, *call, prepare=(poison, how, at, at + 1))
+            if processes == 2
+            else [start(printed, *call, prepare=first)]
+        )
         codes = end(group)
         wrong = "" if codes == [0] * processes else f"exit codes {codes}: {tail(printed)}"
         yield wrong or skipped_alone(out, at, how) or stays_good(place, how, at)
@@ -532,12 +674,25 @@ def skipped_alone(out, at, how):
     saved = {}
     for path in [out / "ckpt.pt", out / "ckpt_prev.pt", *checkpoint.older_than_previous(out)]:
         ckpt = checkpoint.load(path)
-        saved[ckpt["iter_num"]] = {name: ckpt[name] for name in ("model", "training_model", "optimizer")}
-    if at and difference(saved[at]["optimizer"]["adamw"]["state"], saved[at + 1]["optimizer"]["adamw"]["state"]):
+        saved[ckpt["iter_num"]] = {
+            name: ckpt[name] for name in ("model", "training_model", "optimizer")
+        }
+    if at and difference(
+        saved[at]["optimizer"]["adamw"]["state"], saved[at + 1]["optimizer"]["adamw"]["state"]
+    ):
         return f"{how} at step {at}: moments differ"
-    if at and (where := difference({k: saved[at][k] for k in ("model", "training_model")}, {k: saved[at + 1][k] for k in ("model", "training_model")})):
+    if at and (
+        where := difference(
+            {k: saved[at][k] for k in ("model", "training_model")},
+            {k: saved[at + 1][k] for k in ("model", "training_model")},
+        )
+    ):
         return f"{how} at step {at}: {where} differs"
-    return "" if difference(saved[at + 1]["model"], saved[at + 2]["model"]) else f"{how}: step {at + 1} was not made either"
+    return (
+        ""
+        if difference(saved[at + 1]["model"], saved[at + 2]["model"])
+        else f"{how}: step {at + 1} was not made either"
+    )
 
 
 def stays_good(place, how, at):
@@ -545,10 +700,22 @@ def stays_good(place, how, at):
     if how == "spike":
         return ""
     out, printed = place.new()
-    codes = end([start(printed, *place.call(out, *NOISY, "--max_skips=3"), prepare=(poison, how, 12, 10**9))])
+    codes = end(
+        [
+            start(
+                printed, *place.call(out, *NOISY, "--max_skips=3"), prepare=(poison, how, 12, 10**9)
+            )
+        ]
+    )
     kept, stopped = checkpoint.load(out), made(out)
-    fine = codes == [1] and kept["iter_num"] == 8 and kept["health"]["skipped"] == 2 and stopped == 8
-    return "" if fine and "skipped" in tail(printed) else f"{codes}, saved at {kept['iter_num']}, went to {stopped}: {tail(printed)}"
+    fine = (
+        codes == [1] and kept["iter_num"] == 8 and kept["health"]["skipped"] == 2 and stopped == 8
+    )
+    return (
+        ""
+        if fine and "skipped" in tail(printed)
+        else f"{codes}, saved at {kept['iter_num']}, went to {stopped}: {tail(printed)}"
+    )
 
 
 def long_run(place, trials, steps=2000):
@@ -557,7 +724,17 @@ def long_run(place, trials, steps=2000):
         out, printed = place.new()
         temporary = out.with_name("temporary")
         temporary.mkdir()
-        process = start(printed, *place.call(out, f"--max_iters={steps}", "--eval_interval=50", "--save_interval=10", "--log_interval=10"), TMPDIR=str(temporary))
+        process = start(
+            printed,
+            *place.call(
+                out,
+                f"--max_iters={steps}",
+                "--eval_interval=50",
+                "--save_interval=10",
+                "--log_interval=10",
+            ),
+            TMPDIR=str(temporary),
+        )
         early, late = (use_of(process, out, step) for step in (steps // 4, steps - 50))
         codes, files = end([process]), sorted(os.listdir(out))
         wrong = "" if codes == [0] else tail(printed)
@@ -570,7 +747,9 @@ def long_run(place, trials, steps=2000):
 def use_of(process, out, step):
     """(bytes resident, open files) of a process when it has made a step."""
     wait(lambda: made(out) >= step or time.sleep(0.05), [process], 600)
-    resident = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    resident = (
+        int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    )
     return resident, len(os.listdir(f"/proc/{process.pid}/fd"))
 
 
@@ -581,10 +760,20 @@ def locked(place, trials):
         call = place.call(out, "--max_iters=100000")
         first = start(printed, *call)
         wait(lambda: made(out) >= 2, [first])  # noqa: B023
-        (code,) = end([start(f"{printed}2", *place.call(out), *(["--init_from=scratch"] if trial % 2 else []))])
+        (code,) = end(
+            [
+                start(
+                    f"{printed}2", *place.call(out), *(["--init_from=scratch"] if trial % 2 else [])
+                )
+            ]
+        )
         alive, words = first.is_alive(), tail(f"{printed}2")
         kill([first])
-        wrong = "" if code == 2 and alive and "\n" not in words and "out_dir" in words else f"exit code {code}: {words}"
+        wrong = (
+            ""
+            if code == 2 and alive and "\n" not in words and "out_dir" in words
+            else f"exit code {code}: {words}"
+        )
         steps = checkpoint.load(out)["iter_num"] if checkpoint.exists(out) else 0
         again = end([start(printed, *place.call(out, f"--max_iters={steps + 1}"))])
         yield wrong or ("" if again == [0] else tail(printed))

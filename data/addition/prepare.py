@@ -26,8 +26,13 @@ seed = 1337  # of what is drawn
 out_dir = ""  # where to write; "" for beside this script
 configure(globals())
 
-limits = {"terms": range(2, 101), "digits": range(1, 1000), "hard_digits": range(digits + 1, 1001),
-          "train_rows": range(digits, 10**9), "val_rows": range(1, 10**9)}  # fmt: skip
+limits = {
+    "terms": range(2, 101),
+    "digits": range(1, 1000),
+    "hard_digits": range(digits + 1, 1001),
+    "train_rows": range(digits, 10**9),
+    "val_rows": range(1, 10**9),
+}
 with clear_errors():
     check_ranges(globals(), limits)
 
@@ -44,12 +49,16 @@ def show(number, width):
 def make(level, rng):
     numbers = [rng.randrange(lowest(level), 10**level) for _ in range(terms)]
     width = len(str(terms * (10**hard_digits - 1)))
-    return "+".join(show(number, hard_digits) for number in numbers) + "=", show(sum(numbers), width)
+    return "+".join(show(number, hard_digits) for number in numbers) + "=", show(
+        sum(numbers), width
+    )
 
 
 with clear_errors():
     train, val = {}, {}
-    for level in range(1, digits + 1):  # short numbers: half of their sums for train, a quarter for val
+    for level in range(
+        1, digits + 1
+    ):  # short numbers: half of their sums for train, a quarter for val
         sums = (10**level - lowest(level)) ** terms
         even = (train_rows - sum(train.values())) // (digits + 1 - level)
         train[level] = min(even, sums // 2) if level < digits else even

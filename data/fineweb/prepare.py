@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import clear_errors, configure
 from corpus import open_corpus, write_documents
 
-input_files = ""  # globs of local .parquet, .jsonl or .txt files in place of the hub, commas between them
+input_files = (
+    ""  # globs of local .parquet, .jsonl or .txt files in place of the hub, commas between them
+)
 repository = "HuggingFaceFW/fineweb"  # on the Hugging Face hub
 subset = "sample-10BT"
 revision = "main"  # of the repository

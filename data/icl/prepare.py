@@ -30,9 +30,14 @@ out_dir = ""  # where to write; "" for beside this script
 configure(globals())
 
 letters = string.ascii_uppercase + string.ascii_lowercase
-limits = {"dims": range(1, 1000), "hard_dims": range(dims + 1, 1001), "bins": range(2, len(letters) + 1),
-          "examples": range(hard_dims, 10**5),  # fewer would leave w open
-          "train_rows": range(dims, 10**9), "val_rows": range(1, 10**9)}  # fmt: skip
+limits = {
+    "dims": range(1, 1000),
+    "hard_dims": range(dims + 1, 1001),
+    "bins": range(2, len(letters) + 1),
+    "examples": range(hard_dims, 10**5),  # fewer would leave w open
+    "train_rows": range(dims, 10**9),
+    "val_rows": range(1, 10**9),
+}
 with clear_errors():
     check_ranges(globals(), limits)
 
@@ -55,4 +60,10 @@ with clear_errors():
     val = dict.fromkeys(range(1, dims + 1), val_rows)
     hard = dict.fromkeys(range(dims + 1, hard_dims + 1), val_rows)
     chars = letters[:bins] + "0"
-    write_task(out_dir or Path(__file__).parent, chars, make, {"train": train, "val": val, "hard": hard}, seed)
+    write_task(
+        out_dir or Path(__file__).parent,
+        chars,
+        make,
+        {"train": train, "val": val, "hard": hard},
+        seed,
+    )

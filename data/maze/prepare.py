@@ -26,13 +26,20 @@ out_dir = ""  # where to write; "" for beside this script
 configure(globals())
 
 longest = min(3 * size, size**2 // 2)  # few mazes have longer ways
-limits = {"size": range(2, 1000), "moves": range(1, longest), "hard_moves": range(moves + 1, longest + 1),
-          "train_rows": range(moves, 10**9), "val_rows": range(1, 10**9)}  # fmt: skip
+limits = {
+    "size": range(2, 1000),
+    "moves": range(1, longest),
+    "hard_moves": range(moves + 1, longest + 1),
+    "train_rows": range(moves, 10**9),
+    "val_rows": range(1, 10**9),
+}
 with clear_errors():
     check_ranges(globals(), limits)
 
 side = 2 * size  # characters in a line: a cell, a wall, ..., a cell, the line's end
-cells = [side * row + column for row in range(0, side, 2) for column in range(0, side, 2)]  # their places in the text
+cells = [
+    side * row + column for row in range(0, side, 2) for column in range(0, side, 2)
+]  # their places in the text
 steps = [("U", -side), ("D", side), ("L", -1), ("R", 1)]
 
 
@@ -69,4 +76,10 @@ with clear_errors():
     train = dict.fromkeys(range(1, moves + 1), train_rows // moves)
     val = dict.fromkeys(range(1, moves + 1), val_rows)
     hard = dict.fromkeys(range(moves + 1, hard_moves + 1), val_rows)
-    write_task(out_dir or Path(__file__).parent, "#.SGUDLR-\n", make, {"train": train, "val": val, "hard": hard}, seed)
+    write_task(
+        out_dir or Path(__file__).parent,
+        "#.SGUDLR-\n",
+        make,
+        {"train": train, "val": val, "hard": hard},
+        seed,
+    )

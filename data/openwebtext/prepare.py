@@ -13,10 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import clear_errors, configure
 from corpus import open_corpus, write_documents
 
-input_files = ""  # globs of local .parquet, .jsonl or .txt files in place of the hub, commas between them
+input_files = (
+    ""  # globs of local .parquet, .jsonl or .txt files in place of the hub, commas between them
+)
 repository = "Skylion007/openwebtext"  # on the Hugging Face hub
 subset = "plain_text"
-revision = "refs/convert/parquet"  # the repository itself needs a script that datasets 4 no longer runs
+revision = (
+    "refs/convert/parquet"  # the repository itself needs a script that datasets 4 no longer runs
+)
 tokenizer = "gpt2"  # one of tiktoken's encodings, or bytes
 val_share = 0.0005  # of the documents, held out
 out_dir = ""  # where to write; "" for beside this script

@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import check_ranges, clear_errors, configure
 from dataset import write_task
 
-bits = 20  # in the longest strings of train and val, which begin at 2; the level of a row is how many
+bits = (
+    20  # in the longest strings of train and val, which begin at 2; the level of a row is how many
+)
 hard_bits = 40  # in the longest strings of hard, which begins at bits + 1
 train_rows = 100_000  # shared evenly by the levels, where there are so many strings
 val_rows = 500  # per level of val and of hard, where there are so many strings
@@ -23,8 +25,12 @@ seed = 1337  # of what is drawn
 out_dir = ""  # where to write; "" for beside this script
 configure(globals())
 
-limits = {"bits": range(2, 1000), "hard_bits": range(bits + 1, 1001), "train_rows": range(bits, 10**9),
-          "val_rows": range(1, 10**9)}  # fmt: skip
+limits = {
+    "bits": range(2, 1000),
+    "hard_bits": range(bits + 1, 1001),
+    "train_rows": range(bits, 10**9),
+    "val_rows": range(1, 10**9),
+}
 with clear_errors():
     check_ranges(globals(), limits)
 

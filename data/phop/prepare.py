@@ -29,9 +29,14 @@ out_dir = ""  # where to write; "" for beside this script
 configure(globals())
 
 letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-limits = {"symbols": range(3, 27), "hops": range(1, 10**4), "hard_hops": range(hops + 1, 10**4),
-          "length": range(symbols * hard_hops, 10**6),  # a hop goes symbols - 1 places back on average
-          "train_rows": range(hops, 10**9), "val_rows": range(1, 10**9)}  # fmt: skip
+limits = {
+    "symbols": range(3, 27),
+    "hops": range(1, 10**4),
+    "hard_hops": range(hops + 1, 10**4),
+    "length": range(symbols * hard_hops, 10**6),  # a hop goes symbols - 1 places back on average
+    "train_rows": range(hops, 10**9),
+    "val_rows": range(1, 10**9),
+}
 with clear_errors():
     check_ranges(globals(), limits)
 
@@ -44,7 +49,9 @@ def draw(rng):
 
 def make(level, rng):
     place = 0
-    while not place:  # the hops ran out; drawn again, by symmetry the answers stay as frequent as each other
+    while (
+        not place
+    ):  # the hops ran out; drawn again, by symmetry the answers stay as frequent as each other
         sequence, place = draw(rng), length - 1
         for _ in range(level):
             place = place and sequence.rfind(sequence[place], 0, place) + 1
