@@ -25,13 +25,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import checkpoint
-import figures
 import pretrained
 from configurator import check_ranges, clear_errors, configure
-from dataset import Split, load_meta, make_tokenizer, open_split, write_atomically
-from device import pick_device
 from model import GPT
+from nanorecur import checkpoint, figures
+from nanorecur.dataset import Split, load_meta, make_tokenizer, open_split, write_atomically
+from nanorecur.hardware import pick_device
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # folder of a run, a checkpoint file, an exported folder, gpt2, or hf:<name>

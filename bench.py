@@ -39,12 +39,15 @@ from pathlib import Path
 
 import torch
 
-import plan
 import pretrained
 from configurator import clear_errors, configure
-from dataset import load_meta, open_split
 from decode import SLOTS, Cache, generate
-from device import (
+from model import GPT, GPTConfig, sample_loops, spectral_clip
+from nanorecur import estimate
+from nanorecur.dataset import load_meta, open_split
+from nanorecur.estimate import training_step
+from nanorecur.exit_rules import exit_evaluation, make_exit
+from nanorecur.hardware import (
     autocast,
     compile_works,
     pack,
@@ -54,9 +57,6 @@ from device import (
     pick_dtype,
     synchronize,
 )
-from exits import exit_evaluation, make_exit
-from model import GPT, GPTConfig, sample_loops, spectral_clip
-from plan import training_step
 
 # -----------------------------------------------------------------------------
 loops = ()  # loop counts to time, such as 1,2,4,8; (): the config's own
@@ -64,7 +64,7 @@ rounds = 5  # turns of each count
 steps = 5  # training steps in a turn
 threads = 0  # of the CPU; 0: torch's choice
 # of a plan
-gpu = "h100"  # or another one of device.py, or cpu
+gpu = "h100"  # or another one of hardware.py, or cpu
 n = 1  # processes, a GPU each
 efficiency = 0.4  # share of the peak that is reached; of a CPU it is measured
 link = 0.0  # GB/s that a GPU sends to the others; 0: by the data sheet in a node of 8, by network beyond
@@ -819,7 +819,7 @@ if __name__ == "__main__":
     with clear_errors():
         device = prepare()
         if command == "plan":
-            print(plan.report(config))
+            print(estimate.report(config))
         elif command == "train" and not peer:
             measure(device)
         else:

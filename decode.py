@@ -6,7 +6,7 @@ Text from a model, token by token; every pass is another composition of the mode
     speculate:  draft tokens with a few loops, then go on from the same states and cache to full depth, which verifies
 
 A round of generate() runs the newest token of every row, and behind it what was drafted; without drafts it is plain
-decoding. From top to bottom: the cache, sampling, the passes, generate(). Exit rules are in exits.py.
+decoding. From top to bottom: the cache, sampling, the passes, generate(). Exit rules are in exit_rules.py.
 Shapes: B rows of a batch, R those of them that a pass is about, T new tokens, S cells, C channels, V vocabulary.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from exits import GateExit, rows_of
+from nanorecur.exit_rules import GateExit, rows_of
 
 # -----------------------------------------------------------------------------
 # the cache: token t of a row lies in cell t of the slot that belongs to its loop

@@ -23,9 +23,9 @@ import torch.nn as nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-import checkpoint
 from configurator import clear_errors, configure, freeze
 from model import GPT, Diagonal, GPTConfig, Inject
+from nanorecur import checkpoint
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # what to export: folder of a run, or a checkpoint file

@@ -18,10 +18,10 @@ import torch
 
 import pretrained
 from configurator import clear_errors, configure
-from dataset import make_tokenizer
 from decode import generate
-from device import autocast, compile_works, pack, pick_device, pick_dtype
-from exits import make_exit
+from nanorecur.dataset import make_tokenizer
+from nanorecur.exit_rules import make_exit
+from nanorecur.hardware import autocast, compile_works, pack, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # folder of a run, a checkpoint file, an exported folder, gpt2, or hf:<name>

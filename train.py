@@ -34,15 +34,22 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import checkpoint
 import pretrained
 from configurator import clear_errors, configure
-from corpus import Stream, open_stream
-from dataset import Split, load_meta, open_split, random_key
-from device import DTYPES, autocast, compile_works, peak_flops, pick_device, pick_dtype
-from exits import exit_evaluation, make_exit
 from model import GPT, GPTConfig, sample_loops, shift_labels, spectral_clip
-from objectives import ANEW, GATED, Objective, compute_anew, parameter_groups, sample_shifts
+from nanorecur import checkpoint
+from nanorecur.corpus import Stream, open_stream
+from nanorecur.dataset import Split, load_meta, open_split, random_key
+from nanorecur.exit_rules import exit_evaluation, make_exit
+from nanorecur.hardware import DTYPES, autocast, compile_works, peak_flops, pick_device, pick_dtype
+from nanorecur.objectives import (
+    ANEW,
+    GATED,
+    Objective,
+    compute_anew,
+    parameter_groups,
+    sample_shifts,
+)
 
 # -----------------------------------------------------------------------------
 # knobs, by default those of GPT-2 (124M) on OpenWebText
@@ -59,7 +66,7 @@ eval_loops = ()  # loop counts to evaluate besides the model's own, such as 1,4,
 eval_only = False  # evaluate once and stop
 automatic_loop_exit = False  # evaluate with exit too: each token stops looping by itself
 automatic_loop_exit_threshold = 0.03  # of exit_rule; 0: never
-exit_rule = "state"  # state, kl, entropy, argmax, gate; see exits.py
+exit_rule = "state"  # state, kl, entropy, argmax, gate; see exit_rules.py
 always_save_checkpoint = (
     True  # False: only after evaluations, when the validation loss is the best so far
 )
@@ -348,7 +355,7 @@ if ddp:
         store=store,
     )
 if shard:
-    import fsdp
+    from nanorecur import parallel
 signals, ENDING = checkpoint.listen(), {signal.SIGTERM, signal.SIGINT}
 
 for (
@@ -369,7 +376,7 @@ if ema and resume:
     ema.n_averaged.fill_(ckpt["iter_num"] - health["skipped"])  # 0 would start the average anew
 for each in (raw_model, ema.module) if ema else (raw_model,):
     if shard:
-        fsdp.divide(each, device, DTYPES[param_dtype])
+        parallel.divide(each, device, DTYPES[param_dtype])
     else:
         each.to(device)
 groups = {
@@ -393,7 +400,7 @@ if resume:
     with clear_errors():
         for name, opt in optimizers.items():
             if shard:
-                opt.register_load_state_dict_pre_hook(fsdp.divided)
+                opt.register_load_state_dict_pre_hook(parallel.divided)
             checkpoint.restore(opt, ckpt["optimizer"][name])
 to_clip = {}  # matrices by shape, which are clipped in one batch
 for block in raw_model.transformer.h if spectral_clip_beta else ():
@@ -834,7 +841,7 @@ def save():
         parts = {"model": ema.module.state_dict(keep_vars=shard), "training_model": parts["model"]}
     parts |= {"optimizer": {name: opt.state_dict() for name, opt in optimizers.items()}}
     if shard:
-        parts = fsdp.gathered(parts, keep=master)
+        parts = parallel.gathered(parts, keep=master)
     if not master:
         return
     with clear_errors():

@@ -22,8 +22,8 @@ torch.set_num_threads(
     1
 )  # tiny models, and other work on the machine: two would wait for each other
 
-from dataset import write_dataset
 from model import GPT, GPTConfig
+from nanorecur.dataset import write_dataset
 
 TINY = dict(block_size=16, vocab_size=61, n_embd=32, n_head=4)
 LOOPED = dict(**TINY, n_prelude=1, n_block=2, n_coda=1, n_loop=3, max_loops=8)

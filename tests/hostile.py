@@ -23,12 +23,12 @@ from conftest import LOOPED, TRAIN, Run, build, prose
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 import pretrained
 from configurator import configure
-from dataset import load_meta, open_split, write_dataset
 from model import GPT, GPTConfig
-from objectives import parameter_groups
+from nanorecur import checkpoint
+from nanorecur.dataset import load_meta, open_split, write_dataset
+from nanorecur.objectives import parameter_groups
 
 NUMBERS = itertools.count()
 MEMORY = 2**30  # bytes that may be asked for beyond what the process has

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from conftest import Run, build, tokens, train
 
-import checkpoint
-import figures
 import pretrained
-from exits import exit_distribution
 from model import spectral_clip
+from nanorecur import checkpoint, figures
+from nanorecur.exit_rules import exit_distribution
 
 SHAPES = {
     "prelude and coda": dict(),

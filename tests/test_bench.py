@@ -1,4 +1,4 @@
-"""bench.py: what it prints of training and decoding, what it times; and device.py."""
+"""bench.py: what it prints of training and decoding, what it times; and hardware.py."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import plan
 from configurator import read_knobs
-from device import autocast, data_sheet, peak_flops, peak_memory
 from model import sample_loops
-from plan import training_step
+from nanorecur import estimate
+from nanorecur.estimate import training_step
+from nanorecur.hardware import autocast, data_sheet, peak_flops, peak_memory
 
 CPU = torch.device("cpu")
 
@@ -355,7 +355,7 @@ def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it():
     child = [
         sys.executable,
         "-c",
-        "import torch, device; print(device.peak_memory(torch.device('cpu')))",
+        "import torch; from nanorecur import hardware; print(hardware.peak_memory(torch.device('cpu')))",
     ]
     assert (
         int(subprocess.run(child, cwd=ROOT, capture_output=True, check=True).stdout) < held.nbytes
@@ -378,7 +378,7 @@ PLANNED = {
 def planned_peak(n, **given):
     """Bytes of a step of n loops at its peak."""
     return sum(
-        plan.memory(
+        estimate.memory(
             options(
                 **{**LOOP, "n_loop": n, "max_loops": 64, "block_size": 64, "dropout": 0.0, **given}
             ),
@@ -405,21 +405,22 @@ def test_memory_of_loops():
 def test_planned_bytes_are_those_of_the_step(monkeypatch, case, dtype):
     """What lives on tensors without contents is what lives on real ones, but for a norm's statistics in bfloat16."""
     autocast(CPU, torch.bfloat16)  # its kernel is there from now on, for both
-    planned = plan.memory(options(**PLANNED[case]), None, dtype, gpu=False)
-    monkeypatch.setattr(plan, "FakeTensorMode", contextlib.nullcontext)
-    real = plan.memory(options(**PLANNED[case]), None, dtype, gpu=False)
+    planned = estimate.memory(options(**PLANNED[case]), None, dtype, gpu=False)
+    monkeypatch.setattr(estimate, "FakeTensorMode", contextlib.nullcontext)
+    real = estimate.memory(options(**PLANNED[case]), None, dtype, gpu=False)
     assert planned == (real if dtype == torch.float32 else pytest.approx(real, rel=0.01))
 
 
 RESIDENT = """
-import json, sys, torch, device, plan
+import json, sys, torch
+from nanorecur import estimate, hardware
 tiny, config = map(json.loads, sys.argv[1:])
 cpu = torch.device("cpu")
-plan.training_step(tiny, cpu, torch.float32)[1]()  # what is loaded once
-before = device.peak_memory(cpu)
-step = plan.training_step(config, cpu, torch.float32, micro_steps=2)[1]
+estimate.training_step(tiny, cpu, torch.float32)[1]()  # what is loaded once
+before = hardware.peak_memory(cpu)
+step = estimate.training_step(config, cpu, torch.float32, micro_steps=2)[1]
 step(), step()
-print(device.peak_memory(cpu) - before)
+print(hardware.peak_memory(cpu) - before)
 """
 
 
@@ -447,7 +448,7 @@ def test_planned_memory_is_what_a_process_takes(case):
             **case,
         }
     )
-    planned = sum(plan.memory(config, None, torch.float32, gpu=False).values())
+    planned = sum(estimate.memory(config, None, torch.float32, gpu=False).values())
     child = [sys.executable, "-c", RESIDENT, json.dumps(options()), json.dumps(config)]
     exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     taken = int(subprocess.run(child, cwd=ROOT, env=exact, capture_output=True, check=True).stdout)
@@ -462,7 +463,7 @@ def test_number_types_of_a_plan_are_those_of_cuda(recompute):
     def types(gpu):
         seen = {}
 
-        class Types(plan.Bytes):
+        class Types(estimate.Bytes):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
                 name = str(func).split(".")[1]
                 if name in ("_scaled_dot_product_flash_attention_for_cpu", "_log_softmax"):
@@ -470,8 +471,10 @@ def test_number_types_of_a_plan_are_those_of_cuda(recompute):
                 return super().__torch_dispatch__(func, types, args, kwargs)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan, "Bytes", Types)
-            plan.memory(options(recompute=recompute, dropout=0.1 * gpu), None, torch.bfloat16, gpu)
+            patch.setattr(estimate, "Bytes", Types)
+            estimate.memory(
+                options(recompute=recompute, dropout=0.1 * gpu), None, torch.bfloat16, gpu
+            )
         return seen
 
     attention, loss = "_scaled_dot_product_flash_attention_for_cpu", "_log_softmax"
@@ -481,17 +484,17 @@ def test_number_types_of_a_plan_are_those_of_cuda(recompute):
 
 def test_planned_memory_of_many_gpus():
     one, eight = (
-        plan.memory(options(n=n, gradient_accumulation_steps=16), None, torch.float32)
+        estimate.memory(options(n=n, gradient_accumulation_steps=16), None, torch.float32)
         for n in (1, 8)
     )
     assert eight == one  # the buckets are the gradients, which the second micro-step finds there
     alone, eight = (
-        plan.memory(options(n=n, gradient_accumulation_steps=n), None, torch.float32)
+        estimate.memory(options(n=n, gradient_accumulation_steps=n), None, torch.float32)
         for n in (1, 8)
     )
     assert eight == alone | {"all-reduce": one["gradients"]}
     for micro_steps in (1, 2):
-        shared = plan.memory(
+        shared = estimate.memory(
             options(n=8, gradient_accumulation_steps=8 * micro_steps, shard=True),
             None,
             torch.float32,
@@ -506,7 +509,7 @@ def test_what_a_divided_model_sends():
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer.h]
     rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
     backward = rest + blocks[0] + 2 * blocks[1] + 2 * blocks[2] + blocks[3]
-    assert plan.traffic(model, None) == (2 * backward + 2 * blocks[1] + 2 * blocks[2], backward)
+    assert estimate.traffic(model, None) == (2 * backward + 2 * blocks[1] + 2 * blocks[2], backward)
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block", "loop"])
@@ -516,7 +519,7 @@ def test_flops_computed_anew(recompute):
     scored, step = training_step(config, CPU, torch.float32)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
-    known = scored.flops_per_token() + plan.anew(scored.model, recompute, None)
+    known = scored.flops_per_token() + estimate.anew(scored.model, recompute, None)
     counted = counter.get_total_flops() / (config["batch_size"] * config["block_size"])
     assert 0.93 * known <= counted <= known and (recompute != "none" or counted == known)
 
@@ -524,15 +527,15 @@ def test_flops_computed_anew(recompute):
 def test_planned_time():
     """Of a step: FLOPs by pace; the all-reduce of the last micro-step, as far as no backward pass hides it."""
     config = options(n=4, gradient_accumulation_steps=8, efficiency=0.5, link=0.0, network=10.0)
-    scored, gpu = plan.build(config, CPU), data_sheet("H100")
-    took = plan.seconds(config, scored, gpu, 1e12)
+    scored, gpu = estimate.build(config, CPU), data_sheet("H100")
+    took = estimate.seconds(config, scored, gpu, 1e12)
     one = scored.flops_per_token() * 32 / 0.5e12
     assert took["arithmetic"] == pytest.approx(2 * one)
     sent = 1.5 * 4 * sum(p.numel() for p in scored.parameters())
     assert sent / 450e9 < 2 / 3 * one and took["link"] == 0
-    slow = plan.seconds(config | {"link": 1e-3}, scored, gpu, 1e12)
+    slow = estimate.seconds(config | {"link": 1e-3}, scored, gpu, 1e12)
     assert slow["link"] == pytest.approx(sent / 1e6 - 2 / 3 * one)
-    assert plan.link_of(config | {"n": 16}, gpu) == 10e9
+    assert estimate.link_of(config | {"n": 16}, gpu) == 10e9
 
 
 def planned(*arguments):

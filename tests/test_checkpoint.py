@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import build, tokens
 
-import checkpoint
 import pretrained
+from nanorecur import checkpoint
 
 
 def state(n):

@@ -13,10 +13,10 @@ import tiktoken
 from conftest import ROOT, TRAIN, Run
 from test_train import NOISY, assert_same, losses, torchrun
 
-import checkpoint
-import corpus as corpus_module
-from corpus import Stream, open_corpus, open_stream, write_documents
-from dataset import load_meta, make_tokenizer
+from nanorecur import checkpoint
+from nanorecur import corpus as corpus_module
+from nanorecur.corpus import Stream, open_corpus, open_stream, write_documents
+from nanorecur.dataset import load_meta, make_tokenizer
 
 DOCUMENTS = [
     f"Document {i}: " + "To be, or not to be"[: i % 19] + "<|endoftext|>" * (i == 7) + "Ä"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import Run, prose
 
-from dataset import (
+from nanorecur.dataset import (
     download,
     load_meta,
     make_tokenizer,

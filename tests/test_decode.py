@@ -11,9 +11,16 @@ import torch.nn.functional as F
 from conftest import Run, build, tokens, train
 
 from decode import SLOTS, Cache, Decoder, Sampling, generate
-from device import pack
-from exits import EXITS, StateExit, after_each_loop, exit_distribution, exit_evaluation, make_exit
 from model import Where
+from nanorecur.exit_rules import (
+    EXITS,
+    StateExit,
+    after_each_loop,
+    exit_distribution,
+    exit_evaluation,
+    make_exit,
+)
+from nanorecur.hardware import pack
 
 ROPE = dict(position="rope")
 KINDS = [

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from conftest import LOOPED, TINY, build, tokens
 
-from exits import after_each_loop
 from model import GPT, GPTConfig, Where, sample_loops, shift_labels
-from objectives import hidden_by_row, sample_shifts
+from nanorecur.exit_rules import after_each_loop
+from nanorecur.objectives import hidden_by_row, sample_shifts
 
 PLAIN_LOOP = dict(input_injection="passthrough", loop_norm="none")
 

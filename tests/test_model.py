@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, TABLES, GPTConfig, Where, spectral_clip
-from objectives import parameter_groups
+from nanorecur.objectives import parameter_groups
 
 
 def nanogpt(weights, idx, n_head):

@@ -11,9 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-import objectives
-from objectives import Objective, compute_anew
+from nanorecur import checkpoint, objectives
+from nanorecur.objectives import Objective, compute_anew
 
 GATED = dict(exit_gate="state")
 
@@ -330,7 +329,7 @@ def test_evaluation_tells_each_shift(corpus, tmp_path):
         ("val", 3),
     ]
     import pretrained
-    from dataset import load_meta, open_split
+    from nanorecur.dataset import load_meta, open_split
 
     model, meta = pretrained.load(tmp_path / "out"), load_meta(corpus)
     split = open_split(corpus, "val", meta, 16, meta["vocab_size"])

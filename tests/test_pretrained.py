@@ -12,8 +12,8 @@ from conftest import ROOT, Run, build, tokens, train
 from safetensors.torch import load_file, save_file
 
 import pretrained
-from exits import exit_distribution
 from model import GPT, GPTConfig
+from nanorecur.exit_rules import exit_distribution
 from pretrained import export, load
 
 SIZES = dict(

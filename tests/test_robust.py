@@ -9,7 +9,7 @@ import torch
 import torture
 from conftest import build, train
 
-import checkpoint
+from nanorecur import checkpoint
 
 SHORT = {
     "killed": 1,

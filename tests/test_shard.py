@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, TRAIN, train
 from test_train import log, losses, torchrun
 
-import checkpoint
+from nanorecur import checkpoint
 
 PLAIN = "--n_prelude=0 --n_block=0 --n_coda=0 --n_layer=3 --n_loop=1".split()
 LOOPED = (

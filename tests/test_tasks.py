@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import Run
 
-from dataset import load_meta, make_tokenizer, open_split
+from nanorecur.dataset import load_meta, make_tokenizer, open_split
 
 # -----------------------------------------------------------------------------
 # solvers, written without a look at how rows are made: (prompt, knobs) -> (level, the answers that count as right)

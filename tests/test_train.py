@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TRAIN, Run, build, train
 
-import checkpoint
 import pretrained
-from dataset import load_meta, open_split
-from exits import exit_evaluation, make_exit
+from nanorecur import checkpoint
+from nanorecur.dataset import load_meta, open_split
+from nanorecur.exit_rules import exit_evaluation, make_exit
 
 NOISY = (
     "--dropout=0.2 --loop_noise_scale=1 --state_init=noise --loop_sampling=poisson --loop_warmup_iters=5 --optimizer=muon "
@@ -236,7 +236,7 @@ def test_sliding_evaluation_scores_each_token_with_most_context(plain_run, corpu
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """Rows "ab=?": the answer is a for level 1 and b for level 2."""
-    from dataset import write_task
+    from nanorecur.dataset import write_task
 
     def make(level, rng):
         a, b, c = (rng.choice("0123456789") for _ in range(3))
@@ -728,7 +728,7 @@ def test_another_run_is_never_overwritten(plain_run, corpus):
 
 
 def test_a_checkpoint_of_another_alphabet_is_refused(plain_run, tmp_path):
-    from dataset import write_dataset
+    from nanorecur.dataset import write_dataset
 
     (tmp_path / "other").mkdir()
     write_dataset(
@@ -753,7 +753,7 @@ def test_a_token_beyond_the_vocabulary_stops_the_start(corpus, tmp_path):
 
 @pytest.mark.parametrize("rule,threshold", [("state", 0.0), ("state", 0.5), ("gate", 0.6)])
 def test_evaluation_with_exit(corpus, tmp_path, rule, threshold):
-    """Threshold 0 is the evaluation without; else loss and loops are those of exits.py over the same windows."""
+    """Threshold 0 is the evaluation without; else loss and loops are those of exit_rules.py over the same windows."""
     options = (
         "--exit_gate=state",
         "--objective=exit",
@@ -817,7 +817,7 @@ def test_a_run_imports_nothing_heavy_that_it_does_not_use(corpus, tmp_path):
         "wandb",
         "matplotlib",
         "pyarrow",
-        "fsdp",
+        "nanorecur.parallel",
         "torch._inductor.compile_fx",
         "triton",
     }

@@ -36,10 +36,10 @@ import torch
 from conftest import TRAIN, prose
 from tqdm import tqdm
 
-import checkpoint
 from configurator import configure
-from dataset import write_dataset
-from objectives import Objective
+from nanorecur import checkpoint
+from nanorecur.dataset import write_dataset
+from nanorecur.objectives import Objective
 
 # -----------------------------------------------------------------------------
 trials = 0  # at most so many in each row; 0: each row's own number

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import check_ranges, clear_errors, configure
-from dataset import write_task
+from nanorecur.dataset import write_task
 
 terms = 2  # numbers in a sum
 digits = 8  # of the longest numbers in train and val; the level of a row is how many digits each number has

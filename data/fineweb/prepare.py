@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import clear_errors, configure
-from corpus import open_corpus, write_documents
+from nanorecur.corpus import open_corpus, write_documents
 
 input_files = (
     ""  # globs of local .parquet, .jsonl or .txt files in place of the hub, commas between them

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import check_ranges, clear_errors, configure
-from dataset import write_task
+from nanorecur.dataset import write_task
 
 dims = 4  # most dimensions in train and val; the level of a row is how many
 hard_dims = 6  # most dimensions in hard, which begins at dims + 1

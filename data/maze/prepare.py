@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import check_ranges, clear_errors, configure
-from dataset import write_task
+from nanorecur.dataset import write_task
 
 size = 6  # cells in a row and in a column
 moves = 10  # of the longest ways in train and val; the level of a row is how many its way has

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import check_ranges, clear_errors, configure
-from dataset import write_task
+from nanorecur.dataset import write_task
 
 bits = (
     20  # in the longest strings of train and val, which begin at 2; the level of a row is how many

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import check_ranges, clear_errors, configure
-from dataset import write_task
+from nanorecur.dataset import write_task
 
 symbols = 4  # of which sequences are made: A, B, C, ...
 length = 96  # of a sequence

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import clear_errors, configure
-from dataset import write_dataset
+from nanorecur.dataset import write_dataset
 
 out_dir = ""  # where to write; "" for beside this script
 configure(globals())

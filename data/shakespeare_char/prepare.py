@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import clear_errors, configure
-from dataset import download, write_dataset
+from nanorecur.dataset import download, write_dataset
 
 input_file = ""  # a local text to use in place of the download
 out_dir = ""  # where to write; "" for beside this script

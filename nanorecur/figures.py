@@ -16,8 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from exits import after_each_loop, entropy, exit_distribution, kl, state_change
 from model import sample_loops, spectral_clip
+from nanorecur.exit_rules import after_each_loop, entropy, exit_distribution, kl, state_change
 
 BATCH = 2**23  # logits computed at a time
 

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import read_knobs
-from dataset import (
+from nanorecur.dataset import (
     finish,
     flush,
     make_tokenizer,

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from exits import after_each_loop, around_the_loop, exit_distribution, kl, rows_of
 from model import shift_labels
+from nanorecur.exit_rules import after_each_loop, around_the_loop, exit_distribution, kl, rows_of
 
 
 class Objective(nn.Module):

@@ -23,9 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from device import GPUS, Gpu, attend_in_float32, autocast, measured_flops, pick_dtype
 from model import GPT, GPTConfig, sample_loops
-from objectives import ANEW, GATED, Objective, compute_anew, parameter_groups
+from nanorecur.hardware import GPUS, Gpu, attend_in_float32, autocast, measured_flops, pick_dtype
+from nanorecur.objectives import ANEW, GATED, Objective, compute_anew, parameter_groups
 
 CPU = torch.device("cpu")
 MIB, GIB = 2**20, 2**30

@@ -1,0 +1,1 @@
+"""Modules that the scripts share. Nothing is installed: the scripts import them from this folder."""
