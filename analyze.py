@@ -2,12 +2,12 @@
 Pictures of a model, each with its numbers beside it, and one page that holds them all (index.html):
 
     python analyze.py --out_dir=out-quickstart
-    python analyze.py --out_dir=out-quickstart --start="def loop(self" --n_loop=16 --tokens=0,4,-1 --maps=0,7
-    python analyze.py --compare out-mha out-mla --to=out-compared
+    python analyze.py --out_dir=out-quickstart --start="def loop(self" --n_loop=16 --maps=0,7
+    python analyze.py --compare out-mha out-mla --to=out-compared      several runs in one picture
     python analyze.py --out_dir=gpt2 --start="The loop goes round and round" --to=out-gpt2
 
-Of whatever sample.py opens. What needs a log, a validation set or a loop is left out where there is none, and the page
-says so.
+out_dir may be whatever sample.py opens. A picture that needs a log, a validation split or a loop is
+left out where there is none, and the page says so.
 """
 
 import base64
@@ -15,6 +15,7 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import shlex
 import sys
 import time
@@ -24,566 +25,698 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import pretrained
-from configurator import check_ranges, clear_errors, configure
+from configurator import check_ranges, clear_errors, configure, require
 from model import GPT
-from nanorecur import checkpoint, figures
-from nanorecur.dataset import Split, load_meta, make_tokenizer, open_split, write_atomically
+from nanorecur import checkpoint, measure
+from nanorecur.dataset import Split, Tokenizer, load_meta, make_tokenizer, open_split
+from nanorecur.exit_rules import ExitRule, make_exit
+from nanorecur.files import write_atomically
 from nanorecur.hardware import pick_device
 
 # -----------------------------------------------------------------------------
+# what is analyzed, and where the page goes
 out_dir = "out"  # folder of a run, a checkpoint file, an exported folder, gpt2, or hf:<name>
-compare = ""  # several of them in one picture, in place of out_dir: --compare out_a out_b, or --compare=out_a,out_b
-to = ""  # the folder to write; "": analysis in the (first) run's folder
-dataset = ""  # whose validation set is measured: a folder under data/, or a path; "": the one the run was trained on
-windows = 32  # of validation, spread evenly, in which losses are measured
-start = ""  # the text that is looked at, or FILE:prompt.txt; "": the beginning of validation
-length = 64  # tokens of validation to look at where there is no start
-repeats = 1  # the text so often in a row
-tokens = ()  # which of its tokens to follow, such as 0,5,-1; (): six in the trajectories, all in the residual stream
-n_loop = 0  # loops of every group in states, exits and lens; 0: as many as training goes up to
-exit_rule = "KL"  # of the text coloured by exits: state, KL, entropy, argmax, gate
-exit_threshold = 0.01  # of exit_rule
-maps = ()  # attention maps of these passes through a block, counted from 0 in the order of the forward pass
-spectral_clip_beta = 1.0  # where spectra are clipped, to show what that would do
+compare = ""  # several runs in one picture, instead of out_dir: --compare out_a out_b
+to = ""  # folder to write; "": analysis, in the folder of the (first) run
+dataset = ""  # prepared folder whose validation split is scored; "": the one of the training
+windows = 32  # windows of the validation split that are scored, evenly spaced
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
+# the text that is run through the model for states, attention maps and predictions
+start = ""  # the text, or FILE:prompt.txt; "": the beginning of the validation split
+length = 64  # tokens of the text that is the beginning of the validation split
+repeats = 1  # how often the text stands in a row
+tokens = ()  # positions in the text to draw, such as 0,5,-1; (): six, in the residual stream all
+# the loops
+n_loop = 0  # loops in states, early exit and predictions; 0: as many as training goes up to
+exit_rule = "kl"  # colors the text by each token's loops: state, kl, entropy, argmax, gate
+automatic_loop_exit_threshold = 0.01  # threshold of exit_rule, as in sample.py; 0: never
+# rarely
+maps = ()  # passes whose attention maps are drawn, counted from 0 in the order of a forward pass
+spectral_clip_beta = 1.0  # bound of the singular values in the picture of clipped spectra
 
 
-def joined(argv):
-    """--compare a b as --compare=a,b."""
+def join_compared(argv: list[str]) -> list[str]:
+    """Return the arguments with --compare a b as the one argument --compare=a,b."""
     words = []
     for word in argv:
-        if words and words[-1].partition("=")[0] == "--compare" and not word.startswith("--"):
-            words[-1] += ("," if "=" in words[-1] else "=") + word
-        else:
+        compared = bool(words) and words[-1].partition("=")[0] == "--compare"
+        if not compared or word.startswith("--"):
             words.append(word)
+        elif "=" in words[-1]:
+            words[-1] += f",{word}"
+        else:
+            words[-1] += f"={word}"
     return words
 
 
-configure(globals(), argv=joined(sys.argv[1:]))
+configure(globals(), argv=join_compared(sys.argv[1:]))
+began = time.perf_counter()
+with clear_errors():
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the pictures need matplotlib; run: pip install matplotlib")
+
+from nanorecur import plots  # noqa: E402 (it imports matplotlib, and -h needs none)
 
 
 # -----------------------------------------------------------------------------
-# what is looked at
+# opening a run: model, log, validation split, text
 class Run(NamedTuple):
+    """A model and what is known about it."""
+
     name: str
+    source: str  # as sample.py's out_dir takes it
     model: GPT
+    steps: int | None  # of training; None: unknown
     log: list  # entries of log.jsonl
-    steps: int | None  # of training
-    earlier: tuple | None  # model and steps of ckpt_prev.pt
-    split: Split | None  # validation
-    why: str  # there is none
-    idx: torch.Tensor  # (1, T), the text
-    texts: list  # its tokens, each as text
-    decode: object  # id -> text
-    n_ids: int  # that the tokenizer knows
+    previous: tuple | None  # the checkpoint before the newest: (model, steps)
+    validation: Split | None
+    no_validation: str  # why there is no validation split
+    tokenizer: Tokenizer
+    idx: Tensor  # (1, T), the text
 
 
-class Part(NamedTuple):
+class LoopedGroup(NamedTuple):
+    """A looped group of a run, and its text after each of n loops of this group."""
+
     run: Run
-    group: int  # a looped one
-    loops: int
-    states: torch.Tensor  # (n, T, C)
-    likeliest: np.ndarray  # (n, T, ranks)
-    probabilities: np.ndarray
+    index: int  # among the looped groups of the model
+    n: int
+    rule: ExitRule | None  # --exit_rule; None: never
+    text: measure.TextStates
 
 
-def open_run(source, name):
-    """ValueError that names what is wrong with it."""
-    saved = checkpoint.exists(source) or Path(source).is_file()
-    ckpt = checkpoint.load(source) if saved else {}
-    model = (pretrained.build(ckpt).eval() if saved else pretrained.load(source)).to(device)
-    if not all(p.isfinite().all() for p in model.parameters()):
+def open_run(source: str, name: str) -> Run:
+    """Return the run of a source. ValueError names what is wrong with it."""
+    is_checkpoint = checkpoint.exists(source) or Path(source).is_file()
+    ckpt = checkpoint.load(source) if is_checkpoint else {}
+    model = pretrained.build(ckpt).eval() if is_checkpoint else pretrained.load(source)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{source}: the weights are not all finite numbers")
-    named = ckpt.get("tokenizer") or pretrained.tokenizer_of(source)
-    split, meta, why = validation(
-        dataset or ckpt.get("config", {}).get("dataset"), named, model.config
-    )
-    if (
-        not (named or meta) and not 50257 <= model.config.vocab_size <= 50304
-    ):  # else GPT-2's, maybe padded
-        raise ValueError(
-            f"{source}: names no tokenizer, and {model.config.vocab_size} ids are not GPT-2's 50,257"
-        )
-    tokenizer = make_tokenizer(named or meta or {"tokenizer": "gpt2"})
-    if not start and split is None:
-        raise ValueError(f"{source}: {why}; give --start some text to look at")
-    ids = (
-        tokenizer.encode(text_of(start))
-        if start
-        else split.tokens[: min(length, model.block_size)].tolist()
-    )
-    ids = check_text(ids * repeats, model)
-    earlier = previous(Path(source), ckpt)
-
-    def shown(i):  # what is beyond the tokenizer is padding
-        return visible(tokenizer.decode([i])) if i < tokenizer.vocab_size else ""
-
+    known = ckpt.get("tokenizer") or pretrained.tokenizer_of(source)
+    trained_on = ckpt.get("config", {}).get("dataset", "")
+    validation, meta, no_validation = find_validation(trained_on, known, model)
+    if not start and not validation:
+        raise ValueError(f"{source}: {no_validation}; give --start some text to look at")
+    tokenizer = find_tokenizer(source, known or meta, model)
+    ids = find_text(tokenizer, validation, model)
     return Run(
-        name,
-        model,
-        read_log(Path(source)),
-        ckpt.get("iter_num"),
-        earlier,
-        split,
-        why,
-        torch.tensor([ids], device=device),
-        [shown(i) for i in ids],
-        shown,
-        min(tokenizer.vocab_size, model.config.vocab_size),
+        name=name,
+        source=source,
+        model=model.to(device),
+        steps=ckpt.get("iter_num"),
+        log=read_log(Path(source, "log.jsonl")),
+        previous=read_previous(source, ckpt),
+        validation=validation,
+        no_validation=no_validation,
+        tokenizer=tokenizer,
+        idx=torch.tensor([ids], device=device),
     )
 
 
-def validation(name, named, config):
-    """(split, its meta, "") of a prepared folder, or (None, None, why there is none)."""
+def find_tokenizer(source: str, known: dict | None, model: GPT) -> Tokenizer:
+    """Return the known tokenizer, else GPT-2's. ValueError where the ids are not GPT-2's."""
+    if not known and not 50257 <= model.config.vocab_size <= 50304:  # 50,257 and maybe padding
+        ids = f"{model.config.vocab_size} ids are not GPT-2's 50,257"
+        raise ValueError(f"{source}: names no tokenizer, and {ids}")
+    return make_tokenizer(known or {"tokenizer": "gpt2"})
+
+
+def find_validation(trained_on: str, known: dict | None, model: GPT) -> tuple:
+    """Return (split, meta, ""), or (None, None, why there is no validation split).
+
+    known: the tokenizer of the checkpoint, None where it names none. ValueError for a --dataset
+    that cannot be used.
+    """
+    name = dataset or trained_on
     if not name:
-        return None, None, "no validation set is known; --dataset= takes one"
+        return None, None, "no validation split is known; --dataset= takes one"
     folder = Path(__file__).parent / "data" / name
     try:
         meta = load_meta(folder)
-        if named and any(named.get(key) != meta.get(key) for key in ("tokenizer", "chars")):
-            raise ValueError(f"dataset={name}: must be one with the tokenizer of the checkpoint")
-        known = min(meta["vocab_size"], config.vocab_size)
-        return open_split(folder, "val", meta, config.block_size, known), meta, ""
+        fits = not known or all(known.get(key) == meta.get(key) for key in ("tokenizer", "chars"))
+        require("dataset", name, fits, "one with the tokenizer of the checkpoint")
+        known_ids = min(meta["vocab_size"], model.config.vocab_size)
+        return open_split(folder, "val", meta, model.block_size, known_ids), meta, ""
     except ValueError as error:
-        if dataset:  # asked for
+        if dataset:
             raise
         return None, None, str(error)
 
 
-def text_of(text):
-    """The text, or with FILE: in front of it that of a file."""
+def find_text(tokenizer: Tokenizer, validation: Split | None, model: GPT) -> list[int]:
+    """Return the tokens of --start, or of the beginning of validation. ValueError if too many."""
+    if start:
+        ids = tokenizer.encode(read_text(start))
+    else:
+        ids = validation.tokens[: min(length, model.block_size)].tolist()
+    check_text(ids * repeats, model)
+    return ids * repeats
+
+
+def check_text(ids: list[int], model: GPT) -> None:
+    """Raise ValueError where the text is too short or too long, or --tokens or --maps beyond it."""
+    T = len(ids)
+    if T < 4:
+        needed = "the pictures need at least 4, give --start more"
+        raise ValueError(f"the text has {T} tokens: {needed}")
+    if T > model.block_size:
+        raise ValueError(f"the text has {T} tokens, more than block_size={model.block_size}")
+    legal = all(type(i) is int and -T <= i < T for i in tokens)
+    require("tokens", tokens, legal, f"from {-T} to {T - 1}, positions in the text")
+    n_passes = len(measure.pass_names(model.config))
+    legal = all(type(i) is int and 0 <= i < n_passes for i in maps)
+    require("maps", maps, legal, f"from 0 to {n_passes - 1}, passes through a block")
+
+
+def read_text(text: str) -> str:
+    """Return the text, or that of the file in FILE:name."""
     if not text.startswith("FILE:"):
         return text
     return Path(text.removeprefix("FILE:")).read_text("utf-8", "surrogateescape")
 
 
-def check_text(ids, model):
-    if len(ids) < 4:
-        raise ValueError(
-            f"the text has {len(ids)} tokens: the pictures need at least 4, give --start more"
-        )
-    if len(ids) > model.block_size:
-        raise ValueError(f"the text has {len(ids)} tokens, more than block_size={model.block_size}")
-    if not all(type(i) is int and -len(ids) <= i < len(ids) for i in tokens):
-        raise ValueError(
-            f"tokens={tokens}: must be from {-len(ids)} to {len(ids) - 1}, places in the text"
-        )
-    n_passes = len(figures.passes(model.config))
-    if not all(type(i) is int and 0 <= i < n_passes for i in maps):
-        raise ValueError(f"maps={maps}: must be from 0 to {n_passes - 1}, passes through a block")
-    return ids
-
-
-def previous(source, ckpt):
-    """(model, steps) of the checkpoint before the newest, None where it is not there, or not whole."""
+def read_previous(source: str, ckpt: dict) -> tuple[GPT, int] | None:
+    """Return (model, steps) of the checkpoint before the newest, if there is an undamaged one."""
     try:
-        before = checkpoint.read(source / checkpoint.PREVIOUS)
+        previous = checkpoint.read(Path(source, checkpoint.PREVIOUS))
     except ValueError:
         return None
-    return (
-        (pretrained.build(before), before["iter_num"])
-        if before["iter_num"] != ckpt["iter_num"]
-        else None
-    )
+    if previous["iter_num"] == ckpt["iter_num"]:
+        return None
+    return pretrained.build(previous).to(device), previous["iter_num"]
 
 
-def read_log(folder):
-    """The entries of a run's log.jsonl, [] where there is none."""
-    path, entries = folder / "log.jsonl", []
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), 1):
+def read_log(path: Path) -> list[dict]:
+    """Return the entries of log.jsonl, none where there is no such file."""
+    entries = []
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
         try:
             entries.append(json.loads(line))
-            figures.curves(entries[-1:])
+            measure.training_curves(entries[-1:])
         except (ValueError, KeyError, TypeError, StopIteration):
             raise ValueError(f"{path}: line {number} is not one that train.py writes") from None
     return entries
 
 
-def visible(text):
-    """A token's text with signs for what cannot be seen."""
+def looped_groups(run: Run) -> dict[str, LoopedGroup]:
+    """Return the looped groups of a run by their names on the page."""
+    groups = {}
+    ranges = measure.trained_range(run.model.config)
+    for index, (_, most) in enumerate(ranges):
+        name = f"{run.name}, group {index}" if len(ranges) > 1 else run.name
+        n = n_loop or int(most)
+        rule = make_exit(run.model, exit_rule, automatic_loop_exit_threshold)
+        text = measure.text_states(run.model, run.idx, index, n)
+        if not text.states.isfinite().all():
+            advice = "try a smaller --n_loop"
+            raise ValueError(f"{name}: the states of {n} loops are not finite, {advice}")
+        groups[name] = LoopedGroup(run, index, n, rule, text)
+    return groups
+
+
+def token_text(run: Run, token: int) -> str:
+    """Return the text of a token with signs for what cannot be seen; "" for padding ids."""
+    if token >= run.tokenizer.vocab_size:
+        return ""
     signs = {" ": "\u2423", "\n": "\u21b5", "\t": "\u2192"}
-    return "".join(signs.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
+    text = ""
+    for c in run.tokenizer.decode([token]):
+        text += signs.get(c, c if c.isprintable() else f"\\x{ord(c):02x}")
+    return text
+
+
+def texts_of(run: Run) -> list[str]:
+    """Return the text of each token of the run's text."""
+    return [token_text(run, token) for token in run.idx[0].tolist()]
+
+
+def chosen_tokens(run: Run, default: list[int]) -> tuple[list[int], list[str]]:
+    """Return the positions of --tokens, or the default ones, and a name for each."""
+    texts = texts_of(run)
+    chosen = sorted({i % len(texts) for i in tokens}) or default
+    return chosen, [f"{i} {texts[i]}" for i in chosen]
 
 
 with clear_errors():
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the pictures need matplotlib; run: pip install matplotlib")
-    check_ranges(
-        globals(),
-        {
-            "windows": range(1, 10**6),
-            "length": range(4, 10**6),
-            "repeats": range(1, 10**3),
-            "n_loop": range(10**4),
-        },
-    )
-    if exit_rule not in figures.THRESHOLDS:
-        raise ValueError(f"exit_rule={exit_rule!r}: must be one of {', '.join(figures.THRESHOLDS)}")
-    if exit_threshold < 0:
-        raise ValueError(f"exit_threshold={exit_threshold}: must be at least 0")
-    if spectral_clip_beta <= 0:
-        raise ValueError(f"spectral_clip_beta={spectral_clip_beta}: must be positive")
-    device, began = pick_device(device), time.perf_counter()
+    limits = {"windows": (1, math.inf), "length": (4, math.inf), "repeats": (1, 999)}
+    check_ranges(globals(), limits | {"n_loop": (0, 9999)})
+    require("spectral_clip_beta", spectral_clip_beta, spectral_clip_beta > 0, "positive")
+    device = pick_device(device)
     sources = list(dict.fromkeys(filter(None, compare.split(",")))) or [out_dir]
     if not to and not Path(sources[0]).is_dir():
         raise ValueError(f"--to needs a value, the folder to write: {sources[0]} is none")
     names = [Path(source).name for source in sources]
-    short = len({*names}) == len(names)  # else the whole path tells them apart
-    runs = [open_run(source, name if short else source) for source, name in zip(sources, names)]
+    if len(set(names)) < len(names):
+        names = sources
+    runs = [open_run(source, name) for source, name in zip(sources, names)]
+    groups = {}
+    for run in runs:
+        groups |= looped_groups(run)
     folder = Path(to or Path(sources[0], "analysis"))
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {}  # the looped groups of all runs by name
-    for run in runs:
-        for group, (_, most) in enumerate(trained := figures.trained_range(run.model.config)):
-            name, n = run.name + f", group {group}" * (len(trained) > 1), n_loop or int(most)
-            parts[name] = Part(run, group, n, *figures.look(run.model, run.idx, group, n))
-            if not parts[name].states.isfinite().all():
-                raise ValueError(
-                    f"{name}: the states of {n} loops are not finite, try a smaller --n_loop"
-                )
-    if exit_rule == "gate" and any(
-        part.run.model.config.exit_gate == "none" for part in parts.values()
-    ):
-        raise ValueError("exit_rule=gate: must be another one for a model without exit_gate")
+
 
 # -----------------------------------------------------------------------------
-# the page: elements, so that every text in it is escaped
-html = ET.Element("html", lang="en")
-head, body = ET.SubElement(html, "head"), ET.SubElement(html, "body")
-ET.SubElement(head, "meta", charset="utf-8")
-ET.SubElement(head, "meta", name="viewport", content="width=device-width, initial-scale=1")
-n_pictures = 0
+# the page
+class Page:
+    """An HTML page that needs no other file. It is built of elements, which escape every text."""
+
+    def __init__(self, folder: Path, title: str):
+        self.folder, self.n_pictures = folder, 0
+        self.html = ET.Element("html", lang="en")
+        head = ET.SubElement(self.html, "head")
+        self.body = ET.SubElement(self.html, "body")
+        ET.SubElement(head, "meta", charset="utf-8")
+        viewport = "width=device-width, initial-scale=1"
+        ET.SubElement(head, "meta", name="viewport", content=viewport)
+        self.add(head, "title", title)
+        css = Path(__file__).parent / "assets" / "page.css"
+        self.add(head, "style", css.read_text("utf-8"))
+        self.append("h1", title)
+
+    def add(self, parent: ET.Element, tag: str, text: str = "", **attributes: str) -> ET.Element:
+        element = ET.SubElement(parent, tag, attributes)
+        element.text = text
+        return element
+
+    def append(self, tag: str, text: str = "", kind: str = "") -> ET.Element:
+        """Add an element with a text to the end of the page. kind: its class in page.css."""
+        attributes = {"class": kind} if kind else {}
+        return self.add(self.body, tag, text, **attributes)
+
+    def left_out(self, pictures: str, run: Run, reason: str) -> None:
+        self.append("p", f"Left out for {run.name}: {pictures}, because {reason}.", "note")
+
+    def picture(self, name: str, caption: str, figure, data: dict) -> None:
+        """Add a picture, and write name.png and name.npz, whose arrays are named "run:array".
+
+        figure: from plots. data: {run: arrays}, which it shows.
+        """
+        self.n_pictures += 1
+        png, npz = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png")
+        arrays = {f"{run}:{key}": data[run][key] for run in data for key in data[run]}
+        np.savez(npz, **arrays)
+        write_atomically(self.folder / f"{name}.png", png.getvalue())
+        write_atomically(self.folder / f"{name}.npz", npz.getvalue())
+        encoded = base64.b64encode(png.getvalue()).decode()
+        block = self.append("figure")
+        self.add(block, "img", src=f"data:image/png;base64,{encoded}", alt=caption)
+        self.add(block, "figcaption", f"{caption} Numbers: {name}.npz")
+
+    def table(self, names: list[str], rows: list, shares: list | None = None) -> None:
+        """Add a table of texts. shares: for each cell None, or from 0 to 1 what colors it."""
+        table = self.add(self.append("div", kind="wide"), "table")
+        line = self.add(table, "tr")
+        for name in names:
+            self.add(line, "th", name)
+        for i, row in enumerate(rows):
+            line = self.add(table, "tr")
+            for j, text in enumerate(row):
+                cell = self.add(line, "td", text)
+                if shares and shares[i][j] is not None:
+                    cell.set("style", colors(shares[i][j]))
+
+    def write_csv(self, name: str, rows: list) -> None:
+        """Write a file of numbers beside the page."""
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(rows)
+        write_atomically(self.folder / name, text.getvalue().encode("utf-8"))
+
+    def write(self) -> Path:
+        """Write the page and return its path."""
+        text = ET.tostring(self.html, encoding="unicode", method="html")
+        path = self.folder / "index.html"
+        data = f"<!DOCTYPE html>\n{text}".encode("utf-8", "surrogateescape")
+        write_atomically(path, data)
+        return path
 
 
-def add(parent, tag, text="", **attributes):
-    element = ET.SubElement(parent, tag, attributes)
-    element.text = text
-    return element
-
-
-def picture(name, caption, figure, data):
-    """Write name.png and name.npz, whose arrays are called "run:array", and put the picture on the page."""
-    global n_pictures
-    n_pictures += 1
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    (folder / f"{name}.png").write_bytes(buffer.getvalue())
-    np.savez(
-        folder / f"{name}.npz",
-        **{f"{run}:{key}": array for run, d in data.items() for key, array in d.items()},
-    )
-    block = add(body, "figure")
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    add(block, "img", src=f"data:image/png;base64,{encoded}", alt=caption)
-    add(block, "figcaption", f"{caption} Numbers: {name}.npz")
-
-
-def table(names, rows, shares=None):
-    """Rows of texts; shares (0 to 1) of the same shape colour the cells."""
-    inside = add(add(body, "div", **{"class": "wide"}), "table")
-    top = add(inside, "tr")
-    for name in names:
-        add(top, "th", name)
-    for i, row in enumerate(rows):
-        line = add(inside, "tr")
-        for j, text in enumerate(row):
-            share = None if shares is None else shares[i][j]
-            add(line, "td", text, **({} if share is None else {"style": colours(share)}))
-
-
-def colours(share):
-    background, ink = figures.shade(share)
+def colors(share: float) -> str:
+    background, ink = plots.shade(share)
     return f"background: {background}; color: {ink}"
 
 
-def left_out(what, whose, why):
-    add(body, "p", f"Left out for {whose}: {what}, because {why}.", **{"class": "left-out"})
+# -----------------------------------------------------------------------------
+# sections of the page, in order
+def add_overview(page: Page, runs: list[Run]) -> None:
+    names = ["run", "parameters", "blocks", "looped blocks x loops", "passes through a block"]
+    names += ["attention", "training steps"]
+    page.table(names, [overview_row(run) for run in runs])
+    for run in runs:
+        if not run.model.config.groups:
+            pictures = "depth, states over loops, early exit, spectra and predictions"
+            page.left_out(pictures, run, "nothing in it is looped")
 
 
-def places(run, default):
-    """The tokens to follow, as places in the text, and what they are called."""
-    T = len(run.texts)
-    chosen = sorted({i % T for i in tokens}) or default
-    return chosen, [f"{i} {run.texts[i]}" for i in chosen]
-
-
-title = "Analysis of " + ", ".join(run.name for run in runs)
-add(head, "title", title)
-add(head, "style", (Path(__file__).parent / "assets" / "page.css").read_text("utf-8"))
-add(body, "h1", title)
-rows = []
-for run in runs:
+def overview_row(run: Run) -> list[str]:
     config = run.model.config
-    groups = "; ".join(
-        f"{', '.join(map(str, blocks))} x {n}" for blocks, n in zip(config.groups, config.counts())
-    )
-    rows.append(
-        (
-            run.name,
-            f"{run.model.get_num_params() / 1e6:.2f}M",
-            str(config.n_physical),
-            groups or "none",
-            str(config.n_effective),
-            config.attention,
-            "unknown" if run.steps is None else f"{run.steps:,}",
-        )
-    )
-table(
-    (
-        "run",
-        "parameters",
-        "blocks",
-        "looped blocks x loops",
-        "passes",
-        "attention",
-        "training steps",
-    ),
-    rows,
-)
-for run in runs:
-    if not run.model.config.groups:
-        left_out(
-            "the depth sweep, states over loops, exits, spectra and lens",
-            run.name,
-            "nothing in it is looped",
-        )
-
-# -----------------------------------------------------------------------------
-# training curves
-add(body, "h2", "Training")
-logs = {run.name: figures.curves(run.log) for run in runs if run.log}
-if logs:
-    caption = "Loss, bits per byte, learning rate, loops and speed over training; validation at the run's own depth."
-    picture("curves", caption, figures.draw_curves(logs), logs)
-for run in runs:
-    if not run.log:
-        left_out("training curves", run.name, "there is no log.jsonl")
-
-# -----------------------------------------------------------------------------
-# loss against loops, on the windows that train.py evaluates when it is given as many
-if parts:
-    add(body, "h2", "Depth")
-sweeps, scored = {}, {}
-for run in runs:
-    if run.split is not None:
-        starts = run.split.spread(min(windows, run.split.n_windows))
-        scored[run.name] = x, y = [
-            torch.from_numpy(array).to(device) for array in run.split.windows(starts)
-        ]
-    if run.model.config.groups and run.split is None:
-        left_out("losses at each depth and of early exits", run.name, run.why)
-    elif run.model.config.groups:
-        tried = figures.loops_to_try(4 * max(run.model.config.counts()))
-        per_byte = run.split.n_tokens / run.split.n_bytes
-        sweeps[run.name] = figures.depth_sweep(run.model, x, y, tried, per_byte)
-if sweeps:
-    caption = (
-        "Validation at one to four times the configured depth (star). Wide and pale: where nine in ten draws of "
-        "training lie."
-    )
-    picture("sweep", caption, figures.draw_sweep(sweeps), sweeps)
-    rows = [
-        (
-            name,
-            str(n),
-            f"{data['loss'][i]:.4f}",
-            f"{data['bits_per_byte'][i]:.4f}",
-            f"{data['accuracy'][i]:.2%}",
-        )
-        for name, data in sweeps.items()
-        for i, n in enumerate(data["loops"])
+    looped = []
+    for blocks, n in zip(config.groups, config.counts()):
+        looped.append(f"{', '.join(map(str, blocks))} x {n}")
+    return [
+        run.name,
+        f"{run.model.get_num_params() / 1e6:.2f}M",
+        str(config.n_physical),
+        "; ".join(looped) or "none",
+        str(config.n_effective),
+        config.attention,
+        "unknown" if run.steps is None else f"{run.steps:,}",
     ]
-    table(("run", "loops", "loss (nats/token)", "bits/byte", "accuracy"), rows)
 
-# -----------------------------------------------------------------------------
-# states over loops, and the residual stream
-if parts:
-    add(body, "h2", "States over loops")
-    measured = {name: figures.state_measures(part.states) for name, part in parts.items()}
+
+def add_training(page: Page, runs: list[Run]) -> None:
+    page.append("h2", "Training")
+    curves = {run.name: measure.training_curves(run.log) for run in runs if run.log}
+    if curves:
+        caption = (
+            "Loss, bits per byte, learning rate, loops and speed in training. Validation is "
+            "measured at the run's own loops."
+        )
+        page.picture("curves", caption, plots.draw_curves(curves), curves)
+    for run in runs:
+        if not run.log:
+            page.left_out("training curves", run, "there is no log.jsonl")
+
+
+def add_depth(page: Page, runs: list[Run]) -> None:
+    """Add the loss at each number of loops, on the windows that train.py evaluates."""
+    page.append("h2", "Depth")
+    sweeps = {}
+    for run in runs:
+        if run.model.config.groups and not run.validation:
+            page.left_out("losses at each depth and with early exit", run, run.no_validation)
+        elif run.model.config.groups:
+            loops = measure.loops_to_try(4 * max(run.model.config.counts()))
+            per_byte = run.validation.n_tokens / run.validation.n_bytes
+            sweeps[run.name] = measure.depth_sweep(run.model, *scored(run), loops, per_byte)
+    if not sweeps:
+        return
     caption = (
-        "How far a loop moves the state of a token, how far that is from the last one, its norm, and how alike "
-        "tokens are. Lines: mean over the tokens of the text; bands: eight in ten of them."
+        "Losses on validation from 1 loop to 4 times the loops of the config (star). The wide pale "
+        "line covers the loops in training: nine in ten draws, where they are drawn."
     )
-    picture("states", caption, figures.draw_states(measured), measured)
+    page.picture("sweep", caption, plots.draw_sweep(sweeps), sweeps)
+    names = ["run", "loops", "loss (nats/token)", "bits/byte", "accuracy"]
+    page.table(names, [row for name, sweep in sweeps.items() for row in sweep_rows(name, sweep)])
+
+
+def scored(run: Run) -> tuple[Tensor, Tensor]:
+    """Return the windows (x, y) of validation in which losses are measured."""
+    return measure.spread_windows(run.validation, windows, device)
+
+
+def sweep_rows(name: str, sweep: measure.Arrays) -> list[list[str]]:
+    rows = []
+    for i, n in enumerate(sweep["loops"]):
+        loss, bits = f"{sweep['loss'][i]:.4f}", f"{sweep['bits_per_byte'][i]:.4f}"
+        rows.append([name, str(n), loss, bits, f"{sweep['accuracy'][i]:.2%}"])
+    return rows
+
+
+def add_states(page: Page, groups: dict[str, LoopedGroup]) -> None:
+    page.append("h2", "States over loops")
+    measures, paths, texts = {}, {}, {}
+    for name, group in groups.items():
+        states, T = group.text.states, len(texts_of(group.run))
+        measures[name] = measure.state_measures(states)
+        spread = np.linspace(0, T - 1, min(6, T)).astype(int).tolist()
+        chosen, texts[name] = chosen_tokens(group.run, spread)
+        paths[name] = measure.trajectories(states, chosen)
+    caption = (
+        "How far a loop moves the state of a token, how far the state is from the last one, its "
+        "norm, and how alike the states of different tokens are. Lines are means over the tokens "
+        "of the text, bands hold eight in ten tokens."
+    )
+    page.picture("states", caption, plots.draw_states(measures), measures)
+    caption = (
+        "The states of some tokens from loop to loop, in the two directions in which they differ "
+        "most. The last state is large."
+    )
+    page.picture("trajectories", caption, plots.draw_trajectories(paths, texts), paths)
+
+
+def add_residual(page: Page, runs: list[Run]) -> None:
+    page.append("h2", "Residual stream")
     paths, texts = {}, {}
-    for name, part in parts.items():
-        T = len(part.run.texts)
-        chosen, texts[name] = places(
-            part.run, np.linspace(0, T - 1, min(6, T)).astype(int).tolist()
-        )
-        paths[name] = figures.trajectories(part.states, chosen)
+    for run in runs:
+        chosen, texts[run.name] = chosen_tokens(run, list(range(run.idx.size(1))))
+        paths[run.name] = measure.residual_stream(run.model, run.idx, chosen)
     caption = (
-        "The states of some tokens from loop to loop, in the two directions in which they differ most; the "
-        "last is large."
+        "The residual stream of each token from the embedding (dark) to the last pass through a "
+        "block (light), in the two directions in which it differs most."
     )
-    picture("trajectories", caption, figures.draw_trajectories(paths, texts), paths)
+    page.picture("residual", caption, plots.draw_residual(paths, texts), paths)
 
-add(body, "h2", "Residual stream")
-paths, texts = {}, {}
-for run in runs:
-    chosen, texts[run.name] = places(run, list(range(len(run.texts))))
-    paths[run.name] = figures.residual_stream(run.model, run.idx, chosen)
-caption = (
-    "The residual stream of each token from the embedding (dark) to the last pass of a block (light), in the "
-    "two directions in which it differs most."
-)
-picture("residual", caption, figures.draw_residual(paths, texts), paths)
 
 # -----------------------------------------------------------------------------
-# how many loops a token needs
-if parts:
-    add(body, "h2", "Loops a token needs")
-    add(
-        body,
-        "p",
-        "A token stops after the first loop that changes little any more. This is measured on full forward "
-        "passes: what is read out after a loop has seen all tokens stop there.",
-    )
-for number, (name, (run, group, n, *_)) in enumerate(parts.items()):
-    course = figures.exit_course(run.model, run.idx, run.idx, group, n)
-    depths = figures.exit_depths(course[exit_rule], exit_threshold)
-    add(
-        body,
-        "h3",
-        f"{name}: the text by the loops of each token, {exit_rule} below {exit_threshold:g}",
-    )
-    low, high = depths.min(), depths.max()
-    key = [(f"{depth} loops", depth) for depth in range(low, high + 1)]
-    for kind, spans in ("key", key), ("text", zip(run.texts, depths)):
-        line = add(body, "p", **{"class": kind})
-        for text, depth in spans:
-            add(
-                line,
-                "span",
-                text,
-                style=colours((depth - low) / max(1, high - low)),
-                title=f"{depth} loops",
-            )
-    with open(folder / f"exits_{number}.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(
-            [("token", "text", "loops"), *zip(range(len(depths)), run.texts, depths)]
-        )
-found = {
-    name: figures.exits(figures.exit_course(run.model, *scored[run.name], group, n))
-    for name, (run, group, n, *_) in parts.items()
-    if run.name in scored
+# early exit
+EXIT_WORDS = {  # of exit_rule: a token stops once ...
+    "state": "a loop changes its state by less than {} of the norm",
+    "kl": "the KL divergence of its predictions before and after a loop is below {} nats",
+    "entropy": "a loop changes the entropy of its prediction by less than {} nats",
+    "argmax": "its likeliest next token has stayed the same for {} loops",
+    "gate": "the gate has stopped it with a probability of at least {}",
 }
-if found:
-    caption = (
-        "Share of validation's tokens that stop after so many loops, by criterion and threshold."
-    )
-    picture("exits", caption, figures.draw_exits(found), found)
-    caption = (
-        "What stopping early costs: loss against mean loops, over the thresholds of each criterion, and with "
-        "the same loops for all tokens."
-    )
-    picture("pareto", caption, figures.draw_pareto(found), found)
-    rows = [
-        (
-            name,
-            rule,
-            f"{t:.2g}",
-            f"{loops:.2f}",
-            f"{loss:.4f}",
-            f"{loss - data['fixed loss'][-1]:+.4f}",
+
+
+def add_exits(page: Page, groups: dict[str, LoopedGroup]) -> None:
+    """Add each text colored by the loops of its tokens, as they are in decoding."""
+    page.append("h2", "Early exit")
+    when = EXIT_WORDS[exit_rule].format(f"{automatic_loop_exit_threshold:g}")
+    text = f"A token stops looping once {when}. This is exit_rule={exit_rule}."
+    if automatic_loop_exit_threshold == 0:
+        text = "No token stops early, since automatic_loop_exit_threshold is 0."
+    page.append("p", text)
+    for number, (name, group) in enumerate(groups.items()):
+        run, texts = group.run, texts_of(group.run)
+        loops = measure.exit_loops(run.model, run.idx, group.rule, group.index, group.n)
+        page.append("h3", f"{name}: the text, colored by the loops of each token")
+        add_colored_text(page, texts, loops)
+        note = exit_note(group)
+        if note:
+            page.append("p", note, "note")
+        rows = zip(range(len(loops)), texts, loops)
+        page.write_csv(f"exits_{number}.csv", [("token", "text", "loops"), *rows])
+
+
+def add_colored_text(page: Page, texts: list[str], loops: np.ndarray) -> None:
+    """Add a key of the colors, then the tokens of a text in the color of their loops."""
+    fewest, most = loops.min(), loops.max()
+    key = [(loops_in_words(n), n) for n in range(fewest, most + 1)]
+    for kind, spans in {"key": key, "text": zip(texts, loops)}.items():
+        line = page.append("p", kind=kind)
+        for text, n in spans:
+            style = colors((n - fewest) / max(1, most - fewest))
+            page.add(line, "span", text, style=style, title=loops_in_words(n))
+
+
+def loops_in_words(n: int) -> str:
+    return f"{n} loop" if n == 1 else f"{n} loops"
+
+
+def exit_note(group: LoopedGroup) -> str:
+    """Return how these loops relate to decoding, with the command that decodes so."""
+    counts, model = group.run.model.config.counts(), group.run.model
+    if not group.rule:
+        return ""
+    if group.index < len(counts) - 1:
+        return (
+            "Decoding stops tokens only in the last looped group. The rule would stop them so here."
         )
-        for name, data in found.items()
-        for rule in figures.THRESHOLDS
-        if f"{rule} loss" in data
-        for t, loops, loss in zip(
-            *(data[f"{rule} {what}"] for what in ("threshold", "loops", "loss"))
+    note = "The loops are those of decoding, token by token"
+    _, _, behind = model.split(None, group.index)
+    if behind and exit_rule in ("kl", "entropy", "argmax"):
+        note += (
+            ", but for a few tokens: the rule reads predictions, and blocks stand behind the loop"
         )
-    ]
-    table(
-        ("run", "criterion", "threshold", "mean loops", "loss (nats/token)", "against all loops"),
-        rows,
+    if len(counts) > 1 and group.n != counts[-1]:  # sample.py's n_loop is that of all groups
+        return f"{note}."
+    return f"{note}: {sample_command(group)}"
+
+
+def sample_command(group: LoopedGroup) -> str:
+    """Return the command that decodes with these exits."""
+    words = ["python", "sample.py", f"--out_dir={group.run.source}"]
+    words += ["--automatic_loop_exit", f"--exit_rule={exit_rule}"]
+    words.append(f"--automatic_loop_exit_threshold={automatic_loop_exit_threshold}")
+    if group.n != group.run.model.config.counts()[-1]:
+        words.append(f"--n_loop={group.n}")
+    return shlex.join(words)
+
+
+def add_exit_curves(page: Page, groups: dict[str, LoopedGroup]) -> None:
+    curves = {}
+    for name, group in groups.items():
+        model = group.run.model
+        if group.run.validation:
+            measured = measure.exit_measures(model, *scored(group.run), group.index, group.n)
+            curves[name] = measure.exit_curves(model, measured)
+    if not curves:
+        return
+    page.append("h3", "Every rule at every threshold")
+    full = (
+        "The next two pictures and the table are measured on full forward passes over validation: "
+        "each loop is computed for all tokens, and a token counts by the prediction of the loop "
+        "where its rule stops it. In decoding, later tokens read what stopped tokens left behind, "
+        "which changes these numbers a little."
     )
+    page.append("p", full)
+    caption = "Share of the tokens of validation by the loop where they stop."
+    page.picture("exits", caption, plots.draw_exits(curves), curves)
+    caption = (
+        "What early exit costs: loss against mean loops, over the thresholds of each rule, and "
+        "with the same loops for all tokens."
+    )
+    page.picture("pareto", caption, plots.draw_pareto(curves), curves)
+    names = ["run", "exit_rule", "threshold", "mean loops", "loss (nats/token)"]
+    rows = [row for name, data in curves.items() for row in exit_rows(name, data)]
+    page.table([*names, "against all loops"], rows)
+
+
+def exit_rows(name: str, curves: measure.Arrays) -> list[list[str]]:
+    rows = []
+    for rule in measure.THRESHOLDS:
+        for i, threshold in enumerate(curves.get(f"{rule} threshold", ())):
+            loops, loss = curves[f"{rule} loops"][i], curves[f"{rule} loss"][i]
+            numbers = [f"{threshold:.3g}", f"{loops:.2f}", f"{loss:.4f}"]
+            rows.append([name, rule, *numbers, f"{loss - curves['fixed loss'][-1]:+.4f}"])
+    return rows
+
 
 # -----------------------------------------------------------------------------
-# attention
-add(body, "h2", "Attention")
-attended = {}
-for run in runs:
-    x = scored[run.name][0][:8, :256] if run.name in scored else run.idx
-    attended[run.name] = figures.attention(
-        run.model, x, run.n_ids, min(64, run.model.block_size // 2)
+# attention, spectra, predictions
+def add_attention(page: Page, runs: list[Run]) -> None:
+    page.append("h2", "Attention")
+    measured = {}
+    for run in runs:
+        x = scored(run)[0][:8, :256] if run.validation else run.idx
+        n_ids = min(run.tokenizer.vocab_size, run.model.config.vocab_size)
+        length = min(64, run.model.block_size // 2)
+        measured[run.name] = measure.attention(run.model, x, n_ids, length)
+    caption = (
+        "Each head in each pass through a block: how far back it attends, how spread out, how "
+        "much to the first token, and how much to what followed the same token before (induction, "
+        "on random tokens twice in a row)."
     )
-caption = (
-    "Every head of every pass through a block: how far back it looks, how spread out, how much at the first "
-    "token, and how much at what followed the same token before (induction, on random tokens twice in a row)."
-)
-picture("attention", caption, figures.draw_attention(attended), attended)
-caption = "Share of attention by distance."
-picture("distances", caption, figures.draw_distances(attended), attended)
-for number, run in enumerate(runs):
-    for i, (name, weights) in zip(maps, figures.attention_maps(run.model, run.idx, maps).items()):
-        caption = f"Attention of {run.name}, block/loop {name}, from the text's token of the row to that of the column."
-        picture(
-            f"map_{number}_{i}",
-            caption,
-            figures.draw_maps(weights, run.texts),
-            {run.name: {name: weights}},
-        )
+    page.picture("attention", caption, plots.draw_attention(measured), measured)
+    caption = "Share of attention by distance."
+    page.picture("distances", caption, plots.draw_distances(measured), measured)
 
-# -----------------------------------------------------------------------------
-# spectra
-if parts:
-    add(body, "h2", "Spectra of the looped matrices")
+
+def add_attention_maps(page: Page, runs: list[Run]) -> None:
+    for number, run in enumerate(runs):
+        all_weights = measure.attention_maps(run.model, run.idx)
+        names = measure.pass_names(run.model.config)
+        for i in dict.fromkeys(maps):
+            figure = plots.draw_maps(all_weights[i], texts_of(run))
+            caption = (
+                f"Attention of {run.name} in block/loop {names[i]}, from the token of the row to "
+                "the token of the column."
+            )
+            data = {run.name: {names[i]: all_weights[i]}}
+            page.picture(f"map_{number}_{i}", caption, figure, data)
+
+
+def add_spectra(page: Page, runs: list[Run]) -> None:
+    page.append("h2", "Spectra of the looped matrices")
     spectra = {}
-    for run in (run for run in runs if run.model.config.groups):
-        spectra[run.name] = figures.spectra(
-            run.model, run.earlier and run.earlier[0], spectral_clip_beta
-        )
-        before = (
-            f"dotted: as it was after {run.earlier[1]:,} steps"
-            if run.earlier
-            else "no earlier checkpoint"
-        )
-        add(
-            body,
-            "p",
-            f"{run.name}: solid: as it is, {before}, dashed: what spectral_clip_beta={spectral_clip_beta:g} "
-            "would leave.",
-        )
+    for run in runs:
+        if not run.model.config.groups:
+            continue
+        earlier, before = None, "there is no earlier checkpoint"
+        if run.previous:
+            earlier, steps = run.previous
+            before = f"dotted: after {steps:,} steps"
+        spectra[run.name] = measure.spectra(run.model, earlier, spectral_clip_beta)
+        clipped = f"dashed: as spectral_clip_beta={spectral_clip_beta:g} would leave it"
+        page.append("p", f"{run.name}: solid: as it is; {before}; {clipped}.")
     caption = "Singular values, largest first, of the matrices inside the loops."
-    picture("spectra", caption, figures.draw_spectra(spectra), spectra)
+    page.picture("spectra", caption, plots.draw_spectra(spectra), spectra)
+
+
+def add_predictions(page: Page, groups: dict[str, LoopedGroup]) -> None:
+    page.append("h2", "Predictions after each loop")
+    rows = [("run", "loop", "token", "text", "rank", "prediction", "probability")]
+    for name, group in groups.items():
+        words = prediction_words(group)
+        n_shown = min(12, group.run.idx.size(1))
+        page.append("h3", f"{name}: the likeliest tokens after the text (*: loops of the config)")
+        add_last_prediction(page, group, words)
+        page.append("h3", f"{name}: the likeliest token after each of the last {n_shown} tokens")
+        add_prediction_course(page, group, words, n_shown)
+        rows += lens_rows(name, group, words)
+    page.write_csv("lens.csv", rows)
+
+
+def prediction_words(group: LoopedGroup) -> np.ndarray:
+    """Return the texts (n, T, ranks) of the likeliest tokens."""
+    likeliest = group.text.likeliest
+    words = {token: token_text(group.run, token) for token in np.unique(likeliest).tolist()}
+    return np.vectorize(words.get, otypes=[object])(likeliest)
+
+
+def shown_loops(group: LoopedGroup) -> dict[int, str]:
+    """Return the loops that the tables show, counted from 0, and their names, from 1."""
+    configured = group.run.model.config.counts()[group.index]
+    loops = measure.loops_to_try(group.n, 12)
+    return {n - 1: f"{n}*" if n == configured else str(n) for n in loops}
+
+
+def add_last_prediction(page: Page, group: LoopedGroup, words: np.ndarray) -> None:
+    """Add a table of the likeliest tokens after the text, a row for each loop."""
+    rows, shares = [], []
+    for i, loop in shown_loops(group).items():
+        p = group.text.probabilities[i, -1]  # (ranks,)
+        rows.append([loop, *(f"{word} {share:.0%}" for word, share in zip(words[i, -1], p))])
+        shares.append([None, *p])
+    ranks = range(1, words.shape[-1] + 1)
+    page.table(["loop", *(f"rank {rank}" for rank in ranks)], rows, shares)
+
+
+def add_prediction_course(page: Page, group: LoopedGroup, words: np.ndarray, n_shown: int) -> None:
+    """Add a table of the likeliest token after each of the last tokens, a column for each loop."""
+    texts, loops = texts_of(group.run), shown_loops(group)
+    rows, shares = [], []
+    for t in range(len(texts) - n_shown, len(texts)):
+        p = group.text.probabilities[list(loops), t, 0]  # (loops,)
+        best = words[list(loops), t, 0]
+        cells = [f"{word} {share:.0%}" for word, share in zip(best, p)]
+        rows.append([f"{t} {texts[t]}", *cells])
+        shares.append([None, *p])
+    page.table(["after token", *(f"loop {loop}" for loop in loops.values())], rows, shares)
+
+
+def lens_rows(name: str, group: LoopedGroup, words: np.ndarray) -> list[tuple]:
+    """Return the rows of lens.csv: a line for each loop, token and rank."""
+    texts, rows = texts_of(group.run), []
+    for i, t, rank in np.ndindex(words.shape):
+        p = group.text.probabilities[i, t, rank]
+        rows.append((name, i + 1, t, texts[t], rank + 1, words[i, t, rank], p))
+    return rows
+
 
 # -----------------------------------------------------------------------------
-# what would be predicted after every loop
-if parts:
-    add(body, "h2", "Predictions after every loop")
-    lines = [("run", "loop", "token", "text", "rank", "prediction", "probability")]
-for name, (run, group, n, _, likeliest, probabilities) in parts.items():
-    words = np.vectorize(run.decode, otypes=[object])(likeliest)
-    said = {
-        place: f"{words[place]} {probabilities[place]:.0%}" for place in np.ndindex(words.shape)
-    }
-    shown, T = [i - 1 for i in figures.loops_to_try(n, 12)], len(run.texts)
-    titles = [f"{i + 1}{'*' * (i + 1 == run.model.config.counts()[group])}" for i in shown]
-    ranks, last = range(words.shape[2]), range(max(0, T - 12), T)
-    add(body, "h3", f"{name}: the likeliest tokens after the text (*: loops as configured)")
-    rows = [[title, *(said[i, T - 1, rank] for rank in ranks)] for i, title in zip(shown, titles)]
-    table(
-        ("loop", *(f"rank {rank + 1}" for rank in ranks)),
-        rows,
-        [[None, *probabilities[i, -1]] for i in shown],
-    )
-    add(body, "h3", f"{name}: the likeliest token after each of the last")
-    rows = [[f"{t} {run.texts[t]}", *(said[i, t, 0] for i in shown)] for t in last]
-    shares = [[None, *probabilities[shown, t, 0]] for t in last]
-    table(("after token", *(f"loop {title}" for title in titles)), rows, shares)
-    lines += [
-        (name, i + 1, t, run.texts[t], rank + 1, words[i, t, rank], probabilities[i, t, rank])
-        for i, t, rank in said
-    ]
-if parts:
-    with open(folder / "lens.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)
-
-# -----------------------------------------------------------------------------
-add(body, "p", "Made by: python " + shlex.join(sys.argv), **{"class": "left-out"})
-text = "<!DOCTYPE html>\n" + ET.tostring(html, encoding="unicode", method="html")
-write_atomically(folder / "index.html", text.encode("utf-8", "surrogateescape"))
-print(f"{folder / 'index.html'}: {n_pictures} pictures in {time.perf_counter() - began:.0f} s")
+page = Page(folder, "Analysis of " + ", ".join(run.name for run in runs))
+add_overview(page, runs)
+add_training(page, runs)
+if groups:
+    add_depth(page, runs)
+    add_states(page, groups)
+add_residual(page, runs)
+if groups:
+    add_exits(page, groups)
+    add_exit_curves(page, groups)
+add_attention(page, runs)
+if maps:
+    add_attention_maps(page, runs)
+if groups:
+    add_spectra(page, runs)
+    add_predictions(page, groups)
+page.append("p", "Made by: python " + shlex.join(sys.argv), "note")
+path = page.write()
+print(f"{path}: {page.n_pictures} pictures in {time.perf_counter() - began:.0f} s")

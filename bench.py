@@ -1,31 +1,31 @@
 """
-Speed and memory of a training step, at each of several loop counts, on random tokens:
+Speed and memory of a training step at each of several loop counts, on random tokens:
 
     python bench.py config/quickstart.py --loops=1,2,4,8
     python bench.py config/train_gpt2_looped.py --device=cuda --batch_size=16
 
-a whole step of training beside others' of the same shape:
+a training step beside those of nanoGPT and nanoLOOP in the same shape:
 
-    python bench.py train --peer=../nanoGPT --n_layer=4 --n_embd=128 --n_head=4 --block_size=64 --vocab_size=65
-    python bench.py train --peer=../nanoLOOP --norm=rmsnorm --n_prelude=1 --n_block=2 --n_coda=1 --n_loop=4 --bias=False
+    python bench.py train --peer=../nanoGPT --n_layer=4 --n_embd=128 --n_head=4 --block_size=64
+    python bench.py train --peer=../nanoLOOP --norm=rmsnorm --n_prelude=1 --n_block=2 --n_coda=1
 
-what a run will take of memory and time on other devices:
+decoding in GPT-2's shape beside others', and of a trained looped model with exit and speculation:
 
-    python bench.py plan config/train_gpt2_looped.py --gpu=h100 --n=8
+    python bench.py decode --peer=../nanoGPT --write_to=BENCHMARKS.md
+    python bench.py decode --looped=out-quickstart --dataset=pycode --loops=4,8
 
-and of decoding, of GPT-2's shape against others' and of a trained looped model with exit and speculation:
+what a run will take of memory and time on GPUs that are not here:
 
-    python bench.py decode --peer=../nanoGPT --looped=out-shakespeare-char-cpu-looped --dataset=shakespeare_char \
-        --loops=6,8,12 --write=BENCHMARKS.md
+    python bench.py plan config/train_gpt2_looped.py --gpu=h100 --n_gpus=8
 
-Takes every option of train.py and of GPTConfig. The counts take turns, round after round, and medians are printed, so
-that a busy machine disturbs them alike. On a GPU memory is what tensors took; on a CPU it is what a fresh process
-that does one step at this count took at its peak, the interpreter and torch included.
+Every option of train.py and of GPTConfig is one here too. What is compared takes turns, round after
+round, and medians are printed, so that a busy machine disturbs all alike. Memory is on a GPU what
+tensors took; on a CPU what a fresh process that makes two steps took at its peak, with Python and
+torch in it.
 """
 
 import contextlib
 import copy
-import functools
 import math
 import multiprocessing
 import os
@@ -34,796 +34,855 @@ import runpy
 import statistics
 import sys
 import time
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
+from torch import Tensor
 
 import pretrained
-from configurator import clear_errors, configure
+from configurator import check_ranges, clear_errors, configure, require
 from decode import SLOTS, Cache, generate
-from model import GPT, GPTConfig, sample_loops, spectral_clip
-from nanorecur import estimate
+from model import GPT, GPTConfig, sample_loops
+from nanorecur import estimate, hardware, optim
 from nanorecur.dataset import load_meta, open_split
-from nanorecur.estimate import training_step
 from nanorecur.exit_rules import exit_evaluation, make_exit
-from nanorecur.hardware import (
-    autocast,
-    compile_works,
-    pack,
-    peak_flops,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    synchronize,
-)
+from nanorecur.hardware import DTYPES, Gpu, autocast, compile_works, pack, pick_device, pick_dtype
+from nanorecur.objectives import Objective
+from nanorecur.options import check_options, pad_vocab
+from nanorecur.parallel import Processes
+from nanorecur.training_step import TrainingStep, make_objective
 
 # -----------------------------------------------------------------------------
+# what is timed
 loops = ()  # loop counts to time, such as 1,2,4,8; (): the config's own
-rounds = 5  # turns of each count
+rounds = 5  # rounds in which all that is compared takes turns
 steps = 5  # training steps in a turn
-threads = 0  # of the CPU; 0: torch's choice
-# of a plan
-gpu = "h100"  # or another one of hardware.py, or cpu
-n = 1  # processes, a GPU each
-efficiency = 0.4  # share of the peak that is reached; of a CPU it is measured
-link = 0.0  # GB/s that a GPU sends to the others; 0: by the data sheet in a node of 8, by network beyond
-network = 50.0  # GB/s
-# of decoding
-batches = 1, 16  # rows
-prompt = 128  # tokens of each row
-new = 128  # and how many are added
-peaks = False  # of train with a peer: also the memory of each, in processes of their own
-peer = ""  # folder of nanoGPT, to time its generate(); of train: one of nanoGPT or nanoLOOP, or several with commas
-looped = (
-    ""  # folder of a trained model, at whose --loops exit and speculation are measured on --dataset
-)
-exit_thresholds = 0.05, 0.1, 0.15  # of the relative change of the state
-drafts = (2, 3), (3, 4), (4, 6)  # pairs of draft loops and draft tokens
-write = ""  # a file whose section about this machine is replaced
-command, *argv = (
-    sys.argv[1:] if sys.argv[1:2] in (["train"], ["decode"], ["plan"]) else ("train", *sys.argv[1:])
-)
-config, given = configure(globals(), ("train.py", ""), ("model.py", "GPTConfig"), argv=argv)
+threads = 0  # CPU threads; 0: torch's choice
+peer = ""  # folder of a nanoGPT checkout to compare with; in train also nanoLOOP's, or a,b for both
+write_to = ""  # Markdown file whose section on this machine is replaced, such as BENCHMARKS.md
+# plan
+gpu = "h100"  # a GPU whose data sheet is known, such as a100 or rtx-4090, or cpu: this machine
+n_gpus = 1  # processes of the run, a GPU each
+# decode
+batch_sizes = 1, 16  # rows that are continued at once
+looped = ""  # folder of a trained looped model, to measure exit and speculation with --dataset
+# rarely: train
+peak_memory = False  # train --peer: measure the memory of a step too, in a process for each
+# rarely: plan
+efficiency = 0.4  # share of the GPU's peak FLOP/s that a step reaches; with gpu=cpu it is measured
+link_gbps = 0.0  # GB/s that a GPU sends to others; 0: its data sheet's, beyond 8 network_gbps
+network_gbps = 50.0  # GB/s that a GPU sends to others of more than 8
+# rarely: decode
+prompt_tokens = 128  # tokens of each prompt
+new_tokens = 128  # tokens by which each prompt is continued
+exit_thresholds = 0.05, 0.1, 0.15  # relative changes of the state at which a token stops looping
+drafts = (2, 3), (3, 4), (4, 6)  # speculation: pairs of draft_loops and draft_tokens
+command, arguments = "train", sys.argv[1:]
+if arguments[:1] in (["train"], ["decode"], ["plan"]):
+    command = arguments.pop(0)
+config, given = configure(globals(), ("train.py", ""), ("model.py", "GPTConfig"), argv=arguments)
+
+# -----------------------------------------------------------------------------
+# check what was asked for; a process that measures memory runs this file up to main too
+with clear_errors():
+    positive = ("rounds", "steps", "prompt_tokens")
+    check_ranges(config, {name: (1, math.inf) for name in positive})
+    check_ranges(config, {"threads": (0, math.inf), "new_tokens": (2, math.inf)})
+    if command == "train":
+        check_options(config, Processes())
+    if threads:
+        torch.set_num_threads(threads)
+    device = pick_device("cpu" if command == "plan" else config["device"])
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in train.py
+    data_dir = Path(__file__).parent / "data" / config["dataset"]
+    prepared = (data_dir / "meta.json").exists()
+    if command != "decode" and prepared and "vocab_size" not in given:
+        config["vocab_size"] = pad_vocab(load_meta(data_dir)["vocab_size"])
+    dtype = pick_dtype(config["dtype"], device) if command == "train" else torch.float32
+tokens_per_step = config["batch_size"] * config["block_size"]
 
 
 # -----------------------------------------------------------------------------
-def peak_alone(*what):
-    """Peak bytes of peak_of, in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-        return fresh.submit(peak_of, *what).result()
-
-
-def peak_of(device, dtype, changed, n_loop=None, folder=""):
-    """Peak bytes of this process after two steps of ours, options changed, or of the peer in a folder."""
-    ours = not folder and training_step(config | changed, device, dtype)[1]
-    step = (
-        functools.partial(ours, n_loop)
-        if ours
-        else their_step(theirs(folder, device), device, False)
-    )
-    step(), step()
-    return peak_memory(device)
-
-
-def in_turns(field, device):
-    """{name: seconds of a step in each round} of {name: step()}, so that a busy machine disturbs all alike."""
-    seconds = {name: [] for name in field}
-    for _ in range(rounds):
-        for name, step in field.items():
-            seconds[name].append(clock(step, device, steps) / steps)
-    return seconds
-
-
-def clock(work, device, times=1):
-    """Seconds that work() takes so many times."""
-    synchronize(device)
+# clocks and tables
+def clock(work: Callable, times: int = 1) -> float:
+    """Return the seconds that so many calls of work() take."""
+    hardware.synchronize(device)
     start = time.perf_counter()
     for _ in range(times):
         work()
-    synchronize(device)
+    hardware.synchronize(device)
     return time.perf_counter() - start
 
 
-def time_clip(model, device):
-    """Seconds that spectral clipping of every matrix of the blocks takes, the median of three times."""
-    matrices, times = {}, []
-    for module in model.transformer.h.modules():
-        if isinstance(module, torch.nn.Linear):
-            matrices.setdefault(module.weight.shape, []).append(module.weight.detach())
+def in_turns(works: dict[Hashable, Callable], times: int = 1) -> dict[Hashable, list[float]]:
+    """Return the seconds of a call of each of works, by round."""
+    seconds = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            seconds[name].append(clock(work, times) / times)
+    return seconds
 
-    def clip_all():
-        for same in matrices.values():
-            spectral_clip(torch.stack(same), config["spectral_clip_beta"])
 
-    times = [clock(clip_all, device) for _ in range(4)]  # the first one warms up
-    return statistics.median(times[1:])
+def median_ratio(seconds: list[float], others: list[float]) -> str:
+    """Return how many times as fast as others it is, as the median of the rounds' ratios."""
+    return f"{statistics.median(b / a for a, b in zip(seconds, others)):.2f}"
+
+
+def pace(seconds: float, flops_per_token: int, peak: float | None, unknown: str) -> list[str]:
+    """Return cells of ms, tokens/s, GFLOP/s and MFU of a training step."""
+    tokens_per_second = tokens_per_step / seconds
+    rate = flops_per_token * tokens_per_second
+    mfu = f"{rate / peak:.1%}" if peak else unknown
+    return [f"{1e3 * seconds:.1f}", f"{tokens_per_second:,.0f}", f"{rate / 1e9:,.1f}", mfu]
+
+
+def aligned(cells: list, widths: tuple[int, ...]) -> str:
+    """Return one line of a table for the screen, cells to the right of their columns."""
+    return "".join(str(cell).rjust(width) for cell, width in zip(cells, widths))
+
+
+def table(head: list, rows: list[list]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def section(title: str, load_before: float, *parts: str) -> str:
+    """Return a section of BENCHMARKS.md. load_before: the load average when it began."""
+    load = f"Load average {load_before:.1f} before, {os.getloadavg()[0]:.1f} after"
+    when = f"{time.strftime('%Y-%m-%d')}. {load}; medians of {rounds} rounds in turn."
+    lines = [f"## {title}", f"`python bench.py {' '.join(sys.argv[1:])}`", when, *parts]
+    return "\n\n".join(lines) + "\n"
+
+
+def put_section(path: Path, text: str) -> None:
+    """Replace the section with the same heading in a Markdown file, or add it."""
+    empty = "# Benchmarks\n\nWritten by bench.py, a section for each machine and shape.\n\n"
+    old = path.read_text("utf-8") if path.exists() else empty
+    head, *sections = old.split("\n## ")
+    new = text.removeprefix("## ")
+    heading = new.split("\n")[0]
+    others = [part for part in sections if part.split("\n")[0] != heading]
+    path.write_text("\n## ".join([head, *others, new]), "utf-8")
+
+
+def machine() -> str:
+    """Return the machine's name in a heading."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} thread(s) of a CPU ({platform.machine()})"
 
 
 # -----------------------------------------------------------------------------
-# training beside others
-def theirs(folder, device):
-    """The model of a nanoGPT or nanoLOOP checkout in the shape of ours. ValueError where it has none such."""
-    file = runpy.run_path(str(Path(folder) / "model.py"))
-    fields = file["GPTConfig"].__dataclass_fields__
+# memory
+def peak_of(make_step: Callable, *arguments) -> int:
+    """Return the peak bytes of two steps, in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        return process.submit(peak_here, make_step, *arguments).result()
+
+
+def peak_here(make_step: Callable, *arguments) -> int:
+    """Return the peak bytes of this process after two steps of make_step(*arguments)."""
+    warm_up(make_step(*arguments))
+    return hardware.peak_memory(device)
+
+
+def warm_up(step: Callable) -> None:
+    """Make two steps: what is compiled is ready then, and the optimizer has its moments."""
+    for _ in range(2):
+        step()
+
+
+def own_step(changed: dict, dtype: torch.dtype, n_loop: tuple | None = None) -> Callable:
+    """Return an eager training step of this config with some options changed."""
+    return partial(TrainingStep(config | changed, device, dtype), n_loop)
+
+
+# -----------------------------------------------------------------------------
+# train: a step at each loop count
+def print_depths() -> None:
+    """Print a table of training steps at each of the loop counts."""
+    compiled = config["compile"] and compile_works(device)
+    # clips are not in each step, so they are timed by themselves
+    step = TrainingStep(config | {"spectral_clip_beta": 0.0}, device, dtype, compiled)
+    model, peak = step.model, hardware.peak_flops(device, dtype)
+    depths = [model.config.counts(n) for n in loops or [None]]
+    print(
+        f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {config['vocab_size']}, "
+        f"{config['batch_size']} x {model.config.block_size} tokens a step, {device} in {dtype}, "
+        f"{'compiled' if compiled else 'eager'}, torch {torch.__version__}"
+    )
+    peaks = {depth: warm_depth(step, depth) for depth in depths}
+    seconds = in_turns({depth: partial(step, depth) for depth in depths}, steps)
+    widths = (8, 10, 12, 13, 11, 8, 10)
+    head = ["loops", "ms", "tokens/s", "MFLOP/token", "GFLOP/s", "MFU", "peak MiB"]
+    print(aligned(head, widths))
+    for depth in depths:
+        median = statistics.median(seconds[depth])
+        flops = step.objective.flops_per_token(depth)
+        ms, rate, gflops, mfu = pace(median, flops, peak, unknown="n/a")
+        memory = f"{peaks[depth] / 2**20:,.0f}"
+        name = ",".join(map(str, depth)) or "-"
+        print(aligned([name, ms, rate, f"{flops / 1e6:.2f}", gflops, mfu, memory], widths))
+    if config["spectral_clip_beta"]:
+        print(clip_cost(model, median))
+
+
+def warm_depth(step: TrainingStep, depth: tuple) -> int:
+    """Warm a step up at a depth and return the peak bytes of such steps."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    warm_up(partial(step, depth))
+    if device.type == "cpu":
+        return peak_of(own_step, {}, dtype, depth)
+    return hardware.peak_memory(device)
+
+
+def clip_cost(model: GPT, seconds_per_step: float) -> str:
+    """Return a line on what spectral clipping of every block costs, the median of three times."""
+    micro_steps, interval = config["gradient_accumulation_steps"], config["spectral_clip_interval"]
+    clip = optim.SpectralClip(model, config["spectral_clip_beta"], every=1, all_blocks=True)
+    clip_all = partial(clip, 0)
+    clip_all()  # warms up
+    seconds = statistics.median(clock(clip_all) for _ in range(3))
+    share = seconds / interval / micro_steps / seconds_per_step
+    return (
+        f"spectral clipping of every block: {1e3 * seconds:.1f} ms; {share:.1%} of a training step "
+        f"of {micro_steps} micro-steps, every {interval} steps"
+    )
+
+
+# -----------------------------------------------------------------------------
+# train --peer: a step beside others'
+NOT_COMPARED = ("loop_sampling", "max_loops", "n_layer")  # a step of fixed depth reads none of them
+LIKE_PEERS = {  # the options with which a step is a peer's
+    "optimizer": "adamw",
+    "objective": "next",
+    "param_dtype": "float32",
+    "ema_decay": 0.0,
+    "spectral_clip_beta": 0.0,
+    "loss_chunk": 0,
+    "recompute": "none",
+}
+SAVING = {  # options that save memory: row of the table, what is changed
+    "ours": {},
+    "ours, loss_chunk=256": {"loss_chunk": 256},
+    "ours, and recompute=cheap": {"loss_chunk": 256, "recompute": "cheap"},
+    "ours, or recompute=block": {"loss_chunk": 256, "recompute": "block"},
+    "ours, and optimizer=muon": {"loss_chunk": 256, "recompute": "block", "optimizer": "muon"},
+}
+MALLOC = "MALLOC_MMAP_THRESHOLD_"  # with it glibc gives back at once what larger tensors leave
+MALLOC_BYTES = 2**22
+peer_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # whatever their options
+
+
+class Trainer(NamedTuple):
+    """A contestant in training."""
+
+    step: Callable[[], None]
+    dtype: torch.dtype | None  # of our matrix products, for the MFU; None: a peer
+
+
+def load_peer(folder: str) -> nn.Module:
+    """Return the model of a nanoGPT or nanoLOOP checkout in the shape of the config.
+
+    ValueError where it has no such shape, or not as many parameters as ours.
+    """
+    names = runpy.run_path(str(Path(folder) / "model.py"))
+    fields = names["GPTConfig"].__dataclass_fields__
+    check_peer_shape(folder, fields)
+    options = {name: config[name] for name in fields}
+    if "n_loop" in fields:  # nanoLOOP's
+        options["bptt_k"] = config["bptt_k"] or None
+    with contextlib.redirect_stdout(sys.stderr):  # it prints
+        model = names["GPT"](names["GPTConfig"](**options))
+    with torch.device("meta"):
+        count = n_parameters(make_objective(config | LIKE_PEERS).model)
+    allowed = f"one whose model has {count:,} parameters as ours, not {n_parameters(model):,}"
+    require("peer", folder, n_parameters(model) == count, allowed)
+    return model.to(device).train()
+
+
+def n_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_peer_shape(folder: str, fields: dict) -> None:
+    """Raise ValueError where an option that a peer does not have is not as the peer is."""
+    is_looped = "n_loop" in fields
     usual = {name: field.default for name, field in GPTConfig.__dataclass_fields__.items()}
-    looped = "n_loop" in fields  # nanoLOOP's
-    usual["norm"] = "rmsnorm" if looped else "layernorm"
-    allowed = {
-        name: [value]
-        for name, value in usual.items()
-        if name not in fields and name not in NOT_COMPARED
-    }
-    if looped:
-        allowed |= {"n_block": range(1, 1000), "input_injection": ["inject", "passthrough"]}
-    for name, values in allowed.items():
-        if config[name] not in values:
-            one = f"at least {values[0]}" if len(values) > 2 else " or ".join(map(repr, values))
-            raise ValueError(f"{name}={config[name]!r}: must be {one}, all that {folder} has")
-    own = {name: config[name] for name in fields}
-    own |= {"bptt_k": config["bptt_k"] or None} if looped else {}
-    with contextlib.redirect_stdout(sys.stderr):  # it speaks
-        return file["GPT"](file["GPTConfig"](**own)).to(device).train()
+    usual["norm"] = "rmsnorm" if is_looped else "layernorm"
+    for name, value in usual.items():
+        if name not in fields and name not in NOT_COMPARED:
+            allowed = f"{value!r}, all that {folder} has"
+            require(name, config[name], config[name] == value, allowed)
+    if is_looped:
+        n_block, injection = config["n_block"], config["input_injection"]
+        require("n_block", n_block, n_block >= 1, f"at least 1, all that {folder} has")
+        allowed = f"'inject' or 'passthrough', all that {folder} has"
+        require("input_injection", injection, injection in ("inject", "passthrough"), allowed)
 
 
-NOT_COMPARED = (
-    "loop_sampling",
-    "max_loops",
-    "n_layer",
-)  # what a step of fixed depth, or a looped model, does not read
-
-
-def their_step(model, device, compiled):
-    """A step as their train.py makes it: in bfloat16 on CUDA, in float32 elsewhere."""
+def peer_step(folder: str, compiled: bool = False) -> Callable:
+    """Return a training step as a peer's train.py makes it, on random tokens."""
+    model = load_peer(folder)
     rates = config["weight_decay"], config["learning_rate"], (config["beta1"], config["beta2"])
     with contextlib.redirect_stdout(sys.stderr):
         optimizer = model.configure_optimizers(*rates, device.type)
-    run, dtype = (
-        torch.compile(model) if compiled else model,
-        THEIR_DTYPE.get(device.type, torch.float32),
-    )
-    x, y = torch.randint(
-        config["vocab_size"], (2, config["batch_size"], config["block_size"]), device=device
-    )
+    run = torch.compile(model) if compiled else model
+    shape = (config["batch_size"], config["block_size"])
+    x = torch.randint(config["vocab_size"], shape, device=device)
+    y = torch.randint(config["vocab_size"], shape, device=device)
 
     def step():
-        with autocast(device, dtype):
+        with autocast(device, peer_dtype):
             loss = run(x, y)[1]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"] or math.inf)
+        nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"] or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-THEIR_DTYPE = {"cuda": torch.bfloat16}
+def trainers(ways: dict[str, bool]) -> dict[str, Trainer]:
+    """Return {name: trainer} of ours and the peers'.
+
+    ways: endings of names, to whether torch.compile is used.
+    """
+    field = {}
+    for number_type in (torch.float32, torch.bfloat16):
+        for ending, compiled in ways.items():
+            step = TrainingStep(config | LIKE_PEERS, device, number_type, compiled)
+            name = f"ours, {str(number_type).removeprefix('torch.')}{ending}"
+            field[name] = Trainer(step, number_type)
+    for folder in peer.split(","):
+        for ending, compiled in ways.items():
+            name = Path(folder).resolve().name + ending
+            field[name] = Trainer(peer_step(folder, compiled), None)
+    return field
 
 
-def trainers(device):
-    """{name: (step(), its dtype where it is ours)}, eager and compiled, and our objective. ValueError where a peer's
-    model has not as many parameters."""
-    like = {
-        **config,
-        "optimizer": "adamw",
-        "objective": "next",
-        "param_dtype": "float32",
-        "ema_decay": 0.0,
-    }
-    like |= {"loss_chunk": 0, "recompute": "none"}
-    field, ways = (
-        {},
-        {"": False} | ({", compiled": True} if config["compile"] and compile_works(device) else {}),
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        for way, compiled in ways.items():
-            scored, step = training_step(like, device, dtype, compiled)
-            field[f"ours, {str(dtype).removeprefix('torch.')}{way}"] = step, dtype
-    count = sum(p.numel() for p in scored.parameters())
-    folders = peer.split(",")
-    if len({Path(folder).resolve().name for folder in folders}) < len(folders):
-        raise ValueError(f"peer={peer}: must be folders of different names")
-    for folder in folders:
-        for way, compiled in ways.items():
-            model = theirs(folder, device)
-            if count != (other := sum(p.numel() for p in model.parameters())):
-                raise ValueError(
-                    f"peer={folder}: its model has {other:,} parameters and ours {count:,}"
-                )
-            field[Path(folder).resolve().name + way] = their_step(model, device, compiled), None
-    return field, scored
-
-
-def warmed(field):
-    """Those that run, after two steps; a line about each that does not."""
-    ready = {}
-    for name, (step, dtype) in field.items():
+def drop_failing(field: dict[str, Trainer]) -> dict[str, Trainer]:
+    """Warm all trainers up and return those that run, with a line on stderr for each other."""
+    running = {}
+    for name, trainer in field.items():
         try:
-            step(), step()
-            ready[name] = step, dtype
-        except (
-            Exception
-        ) as error:  # a model of others that torch.compile does not take, in many ways
-            print(
-                f"{name} does not run: {type(error).__name__}: {str(error).splitlines()[0][:100]}",
-                file=sys.stderr,
-            )
-    return ready
+            warm_up(trainer.step)
+            running[name] = trainer
+        except Exception as error:  # torch.compile refuses models of others in many ways
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            print(f"{name} does not run: {reason}", file=sys.stderr)
+    return running
 
 
-def side_by_side(device):
-    """Tables of ours and the peers' training steps, and of sampled depth where ours is looped, in one section."""
-    before, (field, scored) = os.getloadavg()[0], trainers(device)
-    field, shape = warmed(field), scored.model.config
-    seconds = in_turns({name: step for name, (step, _) in field.items()}, device)
-    best = best_ways({name: took for name, took in seconds.items() if field[name][1] is None})
-    rows = [pace(name, seconds, field[name][1], best.values(), scored, device) for name in field]
-    head = [
-        "model",
-        "ms a step",
-        "tokens/s",
-        "GFLOP/s",
-        "MFU",
-        *(f"speed to {name} at its best" for name in best),
-    ]
+def fastest_ways(names: list[str], seconds: dict[str, list[float]]) -> dict[str, str]:
+    """Return {peer: the name of its faster way, eager or compiled}."""
+    fastest = {}
+    for name in names:
+        folder = name.removesuffix(", compiled")
+        ways = [name, fastest.get(folder, name)]
+        fastest[folder] = min(ways, key=lambda way: statistics.median(seconds[way]))
+    return fastest
+
+
+def train_section() -> str:
+    """Return a section on our training step beside the peers', and on sampled depth."""
+    load_before = os.getloadavg()[0]
+    names = [Path(folder).resolve().name for folder in peer.split(",")]
+    require("peer", peer, len(set(names)) == len(names), "folders of different names")
+    compiled = config["compile"] and compile_works(device)
+    field = trainers({"": False, ", compiled": True} if compiled else {"": False})
+    objective = field["ours, float32"].step.objective
+    model, flops = objective.model, objective.flops_per_token()
     what = (
-        f"{sum(p.numel() for p in scored.parameters()):,} parameters each, "
-        f"{scored.flops_per_token() / 1e6:,.2f} MFLOP/token. A step: forward, backward, clip at "
-        f"{config['grad_clip']}, AdamW."
+        f"{n_parameters(model):,} parameters each, {flops / 1e6:,.2f} MFLOP/token. A step: "
+        f"forward, backward, clip at {config['grad_clip']}, AdamW."
     )
-    depth = (
-        ["### Sampled depth, compiled", sampled_depth(device)]
-        if shape.groups and config["compile"]
-        else []
-    )
-    title = f"## Training {in_words(shape)} beside {' and '.join(best)}, {machine(device)}, torch {torch.__version__}"
-    memory = (
-        ["### Memory, eager, in a process of its own for each", memory_beside(device)]
-        if peaks
-        else []
-    )
-    return (
-        "\n\n".join([title, *circumstances(before), what, table(head, rows), *depth, *memory])
-        + "\n"
-    )
+    parts = [what, speed_table(drop_failing(field), flops)]
+    if model.config.groups and config["compile"]:
+        parts += ["### Sampled depth, compiled", sampled_depth()]
+    if peak_memory:
+        parts += ["### Memory, eager, in a process of its own for each", memory_beside()]
+    shape = f"Training {in_words(model.config)} beside {' and '.join(names)}"
+    title = f"{shape}, {machine()}, torch {torch.__version__}"
+    return section(title, load_before, *parts)
 
 
-SAVING = {
-    "": {},
-    "loss_chunk=256": {"loss_chunk": 256},
-    "and recompute=cheap": {"loss_chunk": 256, "recompute": "cheap"},
-    "or recompute=block": {"loss_chunk": 256, "recompute": "block"},
-    "and optimizer=muon": {"loss_chunk": 256, "recompute": "block", "optimizer": "muon"},
-}
-MALLOC = "MALLOC_MMAP_THRESHOLD_"  # glibc then gives back at once what tensors of this size leave
+def speed_table(field: dict[str, Trainer], flops_per_token: int) -> str:
+    """Return a table of the trainers' speed, also to each peer's in its faster way."""
+    seconds = in_turns({name: trainer.step for name, trainer in field.items()}, steps)
+    fastest = fastest_ways([name for name in field if field[name].dtype is None], seconds)
+    rows = []
+    for name, trainer in field.items():
+        peak = hardware.peak_flops(device, trainer.dtype) if trainer.dtype else None
+        cells = pace(statistics.median(seconds[name]), flops_per_token, peak, unknown="")
+        ratios = [median_ratio(seconds[name], seconds[other]) for other in fastest.values()]
+        rows.append([name, *cells, *ratios])
+    head = ["model", "ms a step", "tokens/s", "GFLOP/s", "MFU"]
+    return table(head + [f"speed to {name} at its best" for name in fastest], rows)
 
 
-def memory_beside(device):
-    """A table of the peak memory of a peer's steps and of ours, float32 on a CPU, with options that save some."""
-    dtype = THEIR_DTYPE.get(device.type, torch.float32)
-    field = {folder: (device, dtype, {}, None, folder) for folder in peer.split(",")}
-    field |= {
-        f"ours, {name}".strip(", "): (device, dtype, changed) for name, changed in SAVING.items()
-    }
-    found = {name: [peak_alone(*what)] for name, what in field.items()}
-    if device.type == "cpu":
-        os.environ[MALLOC] = str(2**22)
-        found = {name: [*found[name], peak_alone(*what)] for name, what in field.items()}
-        del os.environ[MALLOC]
-    first, head = next(iter(found.values()))[0], ["MiB", f"{MALLOC}={2**22}"]
-    head = [
-        part
-        for title in head[: len(next(iter(found.values())))]
-        for part in (title, "to the first")
-    ]
-    return table(
-        ["model", *head],
-        [
-            [
-                Path(name).name,
-                *(
-                    part
-                    for peak in each
-                    for part in (f"{peak / 2**20:,.0f}", f"{peak / first:.2f}")
-                ),
-            ]
-            for name, each in found.items()
-        ],
-    )
-
-
-def best_ways(seconds):
-    """{peer: the name of its faster way, eager or compiled}."""
-    ways = {}
-    for name in seconds:
-        ways.setdefault(name.removesuffix(", compiled"), []).append(name)
-    return {
-        name: min(each, key=lambda way: statistics.median(seconds[way]))
-        for name, each in ways.items()
-    }
-
-
-def pace(name, seconds, dtype, others, scored, device):
-    """A row on one contestant; the ratios are medians of those of each round. dtype: of ours, for its MFU, else None"""
-    median, tokens = statistics.median(seconds[name]), tokens_of(config)
-    peak, rate = (
-        peak_flops(device, dtype) if dtype else None,
-        scored.flops_per_token() * tokens / median,
-    )
-    ratios = [
-        statistics.median(b / a for a, b in zip(seconds[name], seconds[other])) for other in others
-    ]
-    mfu = f"{rate / peak:.1%}" if peak else ""
-    return [
-        name,
-        f"{1e3 * median:.1f}",
-        f"{tokens / median:,.0f}",
-        f"{rate / 1e9:,.1f}",
-        mfu,
-        *(f"{ratio:.2f}" for ratio in ratios),
-    ]
-
-
-def tokens_of(config):
-    return config["batch_size"] * config["block_size"]
-
-
-def in_words(shape):
-    """A shape as it stands in a heading."""
-    core = (
-        f"{shape.n_prelude} + {shape.n_block}x{shape.n_loop} + {shape.n_coda}"
-        if shape.n_block
-        else shape.n_layer
-    )
+def in_words(shape: GPTConfig) -> str:
+    """Return a shape as a heading names it."""
+    blocks = str(shape.n_layer)
+    if shape.n_block:
+        blocks = f"{shape.n_prelude} + {shape.n_block}x{shape.n_loop} + {shape.n_coda}"
     truncated = f", bptt_k {shape.bptt_k}" if shape.bptt_k else ""
     return (
-        f"{core} blocks of width {shape.n_embd}, {shape.vocab_size:,} ids, {config['batch_size']} x "
-        f"{shape.block_size} tokens{truncated}"
+        f"{blocks} blocks of width {shape.n_embd}, {shape.vocab_size:,} ids, "
+        f"{config['batch_size']} x {shape.block_size} tokens{truncated}"
     )
 
 
-def sampled_depth(device):
-    """A table of what a FLOP costs at fixed depth and at depths drawn anew for each step, in turns."""
-    dtype = pick_dtype(config["dtype"], device)
-    scored, step = training_step(
-        config | {"loop_sampling": "poisson"}, device, dtype, compiled=True
-    )
-    shape, generator = scored.model.config, torch.Generator().manual_seed(config["seed"])
+def sampled_depth() -> str:
+    """Return a table of what a FLOP costs at fixed depth and at depths drawn for each step."""
+    changed = {"loop_sampling": "poisson", "spectral_clip_beta": 0.0}
+    step = TrainingStep(config | changed, device, dtype, compiled=True)
+    shape, flops_per_token = step.model.config, step.objective.flops_per_token
     for n in (1, 2, min(shape.bptt_k + 2, shape.max_loops)):  # loops with and without gradient
-        step(n), step(n)
-    graphs, turns = torch._dynamo.utils.counters["stats"], {"fixed": [], "poisson": []}
-    before = graphs["unique_graphs"]
+        warm_up(partial(step, n))
+    graphs = torch._dynamo.utils.counters["stats"]
+    n_graphs, generator = graphs["unique_graphs"], torch.Generator().manual_seed(config["seed"])
+    turns = {"fixed": [], "poisson": []}  # (ms, GFLOP, ms per GFLOP) of a step, by round
     for _ in range(rounds):
         drawn = [sample_loops(shape, generator) for _ in range(steps)]
         for name, depths in {"fixed": [shape.counts()] * steps, "poisson": drawn}.items():
-            took = sum(clock(functools.partial(step, depth), device) for depth in depths) / steps
-            work = sum(map(scored.flops_per_token, depths)) * tokens_of(config) / steps
-            turns[name].append((1e3 * took, work / 1e9, 1e3 * took / (work / 1e9)))
+            ms = 1e3 * sum(clock(partial(step, depth)) for depth in depths) / steps
+            gflops = sum(map(flops_per_token, depths)) * tokens_per_step / steps / 1e9
+            turns[name].append((ms, gflops, ms / gflops))
     rows = []
-    for name, each in turns.items():
-        ratio = statistics.median(b[2] / a[2] for a, b in zip(turns["fixed"], each))
-        rows.append(
-            [name, *(f"{statistics.median(part):.3f}" for part in zip(*each)), f"{ratio:.3f}"]
-        )
+    for name, turn in turns.items():
+        ratios = [mine[2] / fixed[2] for mine, fixed in zip(turn, turns["fixed"])]
+        columns = [*zip(*turn), ratios]
+        rows.append([name, *(f"{statistics.median(column):.3f}" for column in columns)])
     head = ["depth", "ms a step", "GFLOP a step", "ms per GFLOP", "to fixed"]
-    return (
-        f"{table(head, rows)}\n\nGraphs compiled after warm-up: {graphs['unique_graphs'] - before}."
-    )
+    compiled = f"Graphs compiled after warm-up: {graphs['unique_graphs'] - n_graphs}."
+    return f"{table(head, rows)}\n\n{compiled}"
 
 
-# -----------------------------------------------------------------------------
-# decoding
-
-
-def shapes():
-    """The two that are timed, GPT-2's unless an option says otherwise."""
-    given = {name: config[name] for name in GPTConfig.__dataclass_fields__}
-    return {
-        "12 blocks": GPTConfig(**given),
-        "2 + 4x4 + 2": GPTConfig(
-            **{**given, "n_prelude": 2, "n_block": 4, "n_coda": 2, "n_loop": 4}
-        ),
-    }
-
-
-def ours(model, dtype, **options):
-    """A way to continue idx (B, T) by count tokens, as all contestants are."""
-
-    def run(idx, count):
-        with autocast(idx.device, dtype if idx.device.type != "cpu" else torch.float32):
-            return generate(model, idx, count, temperature=0, **options)[0]
-
-    return run
-
-
-def contestants(device):
-    """{name: (run(idx, count), bytes of weights that a token reads, or None)} of GPT-2's shape, random weights."""
-    torch.manual_seed(0)
-    found = {}
-    for name, shape in shapes().items():
-        fresh = GPT(shape).to(device).eval()
-        for dtype in (torch.float32, torch.bfloat16):
-            ready, short = copy.deepcopy(fresh), str(dtype).removeprefix("torch.")
-            if device.type == "cpu":
-                pack(ready, dtype)
-            read = weights_read(ready) * dtype.itemsize
-            found[f"{name}, {short}"] = ours(ready, dtype), read
-            if config["compile"] and dtype == (
-                torch.float32 if device.type == "cpu" else torch.bfloat16
-            ):
-                found[f"{name}, {short}, compiled"] = ours(fresh, dtype, static=True), read
-        if device.type == "cpu" and not shape.groups:
-            found[f"{name}, float32, weights not packed"] = (
-                ours(fresh, torch.float32),
-                weights_read(fresh) * 4,
-            )
-    try:
-        import transformers
-
-        same = {name: config[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-        shape = transformers.GPT2Config(
-            **same, n_positions=config["block_size"], bos_token_id=None, eos_token_id=None
-        )
-        theirs = transformers.GPT2LMHeadModel(shape).to(device).eval()
-        found["transformers' GPT-2, float32"] = (
-            lambda idx, count: theirs.generate(
-                idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=count
-            ),
-            None,
-        )
-    except ImportError:
-        print("transformers is not installed: not timed")
-    if peer:
-        file = runpy.run_path(str(Path(peer) / "model.py"))
-        shape = {
-            name: config[name]
-            for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        }
-        nano = file["GPT"](file["GPTConfig"](**shape, dropout=0.0)).to(device).eval()
-        found["nanoGPT's generate, float32"] = (
-            lambda idx, count: nano.generate(idx, count, top_k=1),
-            None,
-        )
-    return found
-
-
-def weights_read(model):
-    """Parameters that multiply a token: of Linear layers, as often as they are applied."""
-
-    def linear(part):
-        return sum(m.weight.numel() for m in part.modules() if isinstance(m, torch.nn.Linear))
-
-    loops = sum(
-        sum(count) * sum(map(linear, (stage.inject, *stage.blocks))) if count else linear(stage)
-        for stage, count in model.schedule()
-    )
-    return loops + model.lm_head.weight.numel()
-
-
-@torch.no_grad()
-def seconds_of(run, idx, slow):
-    """Seconds to continue idx by new tokens, and for a prompt and one token. slow: from three of the tokens."""
-
-    def clock(text, count):
-        synchronize(idx.device)
-        start = time.perf_counter()
-        run(text, count)
-        synchronize(idx.device)
-        return time.perf_counter() - start
-
-    if not slow:
-        return clock(idx, new), clock(idx, 1)
-    longer = idx.repeat(1, 2 + new // idx.size(1))
-    places = (idx.size(1), idx.size(1) + new // 2, idx.size(1) + new - 1)
-    return new * statistics.mean(clock(longer[:, :place], 1) for place in places), clock(idx, 1)
-
-
-def speed(device):
-    """A table of tokens per second and bandwidth, at each batch size, in turns."""
-    field, rows = contestants(device), []
-    for batch in batches:
-        idx = torch.randint(config["vocab_size"], (batch, prompt), device=device)
-        times = {name: [] for name in field}
-        for run, _ in field.values():
-            run(idx, 2)  # warms up
-        for turn in range(rounds):
-            for name, (run, _) in field.items():
-                slow = name.startswith("nanoGPT")  # and therefore only once
-                times[name].append(
-                    seconds_of(run, idx, slow) if not (slow and turn) else times[name][0]
-                )
-                load = os.getloadavg()[0]
-                print(
-                    f"  {batch} {name}: {times[name][-1][0]:.2f} s, load {load:.1f}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        medians = {
-            name: [statistics.median(part) for part in zip(*took)] for name, took in times.items()
-        }
-        others = [name for name in field if field[name][1] is None]
-        for name, (whole, first) in medians.items():
-            read, step = field[name][1], (whole - first) / (new - 1)
-            rate = f"{read / step / 1e9:.1f}" if read else ""
-            ratios = [
-                [b[0] / a[0] for a, b in zip(times[name], times[other])] for other in others
-            ]  # of each round
-            times_as_fast = [f"{statistics.median(part):.2f}" for part in ratios]
-            rows.append(
-                [
-                    batch,
-                    name,
-                    f"{batch * new / whole:.1f}",
-                    f"{1e3 * step:.1f}",
-                    rate,
-                    *times_as_fast,
-                ]
-            )
-    head = [
-        "rows",
-        "model",
-        "tokens/s",
-        "ms a step",
-        "GB/s of weights",
-        *(f"speed to {name}" for name in others),
-    ]
+def memory_beside() -> str:
+    """Return a table of the peak memory of the peers' steps and of ours, with options that save."""
+    makers = {Path(folder).name: partial(peer_step, folder) for folder in peer.split(",")}
+    makers |= {name: partial(own_step, changed, peer_dtype) for name, changed in SAVING.items()}
+    columns = {"MiB": [peak_of(make_step) for make_step in makers.values()]}
+    if device.type == "cpu":
+        os.environ[MALLOC] = str(MALLOC_BYTES)
+        name = f"{MALLOC}={MALLOC_BYTES}"
+        columns[name] = [peak_of(make_step) for make_step in makers.values()]
+        del os.environ[MALLOC]
+    head, rows, first = ["model"], [[name] for name in makers], columns["MiB"][0]
+    for title, peaks in columns.items():
+        head += [title, "to the first"]
+        for row, peak in zip(rows, peaks):
+            row += [f"{peak / 2**20:,.0f}", f"{peak / first:.2f}"]
     return table(head, rows)
 
 
-def bandwidth(device):
-    """GB/s of reading and of copying 256 MiB."""
-    block = torch.zeros(2**26, device=device)
-    other, took = torch.empty_like(block), {"read": [], "copied": []}
+# -----------------------------------------------------------------------------
+# decode: GPT-2's shape, random weights
+class Decoder(NamedTuple):
+    """A contestant in decoding."""
+
+    run: Callable[[Tensor, int], object]  # continue idx (B, T) by so many tokens, greedily
+    weight_bytes: int | None = None  # that a token reads; None: of others
+    has_cache: bool = True
+
+
+def decoded_shapes() -> dict[str, GPTConfig]:
+    """Return the two shapes that are timed, GPT-2's unless an option says otherwise."""
+    options = {name: config[name] for name in GPTConfig.__dataclass_fields__}
+    looped_core = {"n_prelude": 2, "n_block": 4, "n_coda": 2, "n_loop": 4}
+    return {
+        f"{config['n_layer']} blocks": GPTConfig(**options),
+        "2 + 4x4 + 2": GPTConfig(**options | looped_core),
+    }
+
+
+def greedy(model: GPT, dtype: torch.dtype, static: bool, idx: Tensor, count: int) -> None:
+    """Continue idx (B, T) by count tokens; on a GPU under autocast to dtype."""
+    with autocast(device, dtype if device.type != "cpu" else torch.float32):
+        generate(model, idx, count, temperature=0, static=static)
+
+
+def own_decoders() -> dict[str, Decoder]:
+    """Return our decoders of both shapes, in both number types, packed on a CPU, compiled."""
+    on_cpu, found = device.type == "cpu", {}
+    torch.manual_seed(0)
+    for shape_name, shape in decoded_shapes().items():
+        fresh = GPT(shape).to(device).eval()
+        n_read = weights_read(fresh)
+        for number_type in (torch.float32, torch.bfloat16):
+            ready = copy.deepcopy(fresh)
+            if on_cpu:
+                pack(ready, number_type)
+            name = f"{shape_name}, {str(number_type).removeprefix('torch.')}"
+            n_bytes = n_read * number_type.itemsize
+            found[name] = Decoder(partial(greedy, ready, number_type, False), n_bytes)
+            usual = torch.float32 if on_cpu else torch.bfloat16
+            if config["compile"] and number_type == usual:
+                compiled = partial(greedy, fresh, number_type, True)
+                found[f"{name}, compiled"] = Decoder(compiled, n_bytes)
+        if on_cpu and not shape.groups:
+            run = partial(greedy, fresh, torch.float32, False)
+            found[f"{shape_name}, float32, weights not packed"] = Decoder(run, 4 * n_read)
+    return found
+
+
+def other_decoders() -> dict[str, Decoder]:
+    """Return those of others that are here: transformers', and nanoGPT's of a peer."""
+    found = {}
+    try:
+        found["transformers' GPT-2, float32"] = transformers_decoder()
+    except ImportError:
+        print("transformers is not installed: not timed")
+    if peer:
+        names = runpy.run_path(str(Path(peer) / "model.py"))
+        fields = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+        shape = names["GPTConfig"](**{name: config[name] for name in fields}, dropout=0.0)
+        run = partial(names["GPT"](shape).to(device).eval().generate, top_k=1)
+        found["nanoGPT's generate, float32"] = Decoder(run, has_cache=False)
+    return found
+
+
+def transformers_decoder() -> Decoder:
+    import transformers
+
+    fields = ("vocab_size", "n_layer", "n_head", "n_embd")
+    shape = transformers.GPT2Config(
+        **{name: config[name] for name in fields},
+        n_positions=config["block_size"],
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = transformers.GPT2LMHeadModel(shape).to(device).eval()
+
+    def run(idx: Tensor, count: int) -> None:
+        mask = torch.ones_like(idx)
+        model.generate(idx, attention_mask=mask, do_sample=False, max_new_tokens=count)
+
+    return Decoder(run)
+
+
+def weights_read(model: GPT) -> int:
+    """Return how many weights multiply a token: those of Linear layers, once for each loop."""
+
+    def linear(part: nn.Module) -> int:
+        return sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
+
+    total = linear(model.lm_head)
+    for loop, n, _ in model.schedule():
+        total += n * sum(map(linear, (loop.inject, *loop.blocks)))
+    return total
+
+
+@torch.no_grad()
+def decoding_seconds(decoder: Decoder, idx: Tensor) -> tuple[float, float]:
+    """Return the seconds to continue idx by new_tokens, and by one token.
+
+    Without a cache the first is new_tokens times the mean of three of them, as it takes minutes.
+    """
+    one = clock(partial(decoder.run, idx, 1))
+    if decoder.has_cache:
+        return clock(partial(decoder.run, idx, new_tokens)), one
+    longer = idx.repeat(1, 2 + new_tokens // prompt_tokens)
+    lengths = [prompt_tokens + n for n in (0, new_tokens // 2, new_tokens - 1)]
+    times = [clock(partial(decoder.run, longer[:, :length], 1)) for length in lengths]
+    return new_tokens * statistics.mean(times), one
+
+
+def decoding_table() -> str:
+    """Return a table of tokens per second and bandwidth of all decoders, at each batch size."""
+    field = own_decoders() | other_decoders()
+    others = [name for name in field if field[name].weight_bytes is None]
+    rows = []
+    for batch_size in batch_sizes:
+        idx = torch.randint(config["vocab_size"], (batch_size, prompt_tokens), device=device)
+        times = time_decoders(field, idx)
+        whole = {name: [pair[0] for pair in pairs] for name, pairs in times.items()}
+        first = {name: [pair[1] for pair in pairs] for name, pairs in times.items()}
+        for name, decoder in field.items():
+            total = statistics.median(whole[name])
+            step = (total - statistics.median(first[name])) / (new_tokens - 1)
+            rate = f"{decoder.weight_bytes / step / 1e9:.1f}" if decoder.weight_bytes else ""
+            cells = [f"{batch_size * new_tokens / total:.1f}", f"{1e3 * step:.1f}", rate]
+            ratios = [median_ratio(whole[name], whole[other]) for other in others]
+            rows.append([batch_size, name, *cells, *ratios])
+    head = ["rows", "model", "tokens/s", "ms a step", "GB/s of weights"]
+    return table(head + [f"speed to {name}" for name in others], rows)
+
+
+def time_decoders(field: dict[str, Decoder], idx: Tensor) -> dict[str, list[tuple[float, float]]]:
+    """Return decoding_seconds of each decoder in each round; of those without a cache, of one."""
+    times = {name: [] for name in field}
+    for decoder in field.values():
+        decoder.run(idx, 2)  # warms up
+    for number in range(rounds):
+        for name, decoder in field.items():
+            if decoder.has_cache or number == 0:
+                latest = decoding_seconds(decoder, idx)
+            else:
+                latest = times[name][0]
+            times[name].append(latest)
+            line = f"  {len(idx)} {name}: {latest[0]:.2f} s, load {os.getloadavg()[0]:.1f}"
+            print(line, file=sys.stderr, flush=True)
+    return times
+
+
+def bandwidth() -> str:
+    """Return a line on the GB/s of reading and of copying 256 MiB."""
+    source = torch.zeros(2**26, device=device)
+    target = torch.empty_like(source)
+    read, copied = [], []
     for _ in range(5):
-        for name, work in {"read": block.sum, "copied": lambda: other.copy_(block)}.items():
-            synchronize(device)
-            start = time.perf_counter()
-            work()
-            synchronize(device)
-            took[name].append(time.perf_counter() - start)
-    read, copied = (statistics.median(times) for times in took.values())
-    read, copied = block.nbytes / read / 1e9, 2 * block.nbytes / copied / 1e9
+        read.append(clock(source.sum))
+        copied.append(clock(partial(target.copy_, source)))
+    read = source.nbytes / statistics.median(read) / 1e9
+    copied = 2 * source.nbytes / statistics.median(copied) / 1e9
     return f"Memory: {read:.1f} GB/s read, {copied:.1f} GB/s read and written in a copy."
 
 
-def cache_sizes():
-    """A table of bytes per token for every slot policy and kind of attention, without filling anything."""
+def cache_table() -> str:
+    """Return a table of the cache's bytes per token, by slots and kind of attention."""
+    latent = {"attention": "mla", "n_latent": config["n_embd"] // 4, "position": "rope"}
     kinds = {
         "multi-head": {},
         "4 heads of keys and values": {"n_kv_head": 4},
-        "latent of n_embd/4": {
-            "attention": "mla",
-            "n_latent": config["n_embd"] // 4,
-            "position": "rope",
-        },
+        "latent of n_embd/4": latent,
     }
+    shape, models = vars(decoded_shapes()["2 + 4x4 + 2"]), []
+    with torch.device("meta"):  # tensors without contents
+        for changed in kinds.values():
+            models.append(GPT(GPTConfig(**shape | changed)))
     rows = []
     for slots in SLOTS:
-        sizes = []
-        for kind in kinds.values():
-            with torch.device("meta"):
-                shape = GPT(GPTConfig(**{**vars(shapes()["2 + 4x4 + 2"]), **kind}))
-            sizes.append(Cache(shape, slots=slots, n_slot=2, size=1).bytes_per_token())
-        rows.append(
-            [slots + " (2 slots)" * (slots in ("last", "mod")), *(f"{size:,}" for size in sizes)]
-        )
+        caches = [Cache(model, slots=slots, n_slot=2, size=1) for model in models]
+        name = f"{slots} (2 slots)" if slots in ("last", "mod") else slots
+        rows.append([name, *(f"{cache.bytes_per_token():,}" for cache in caches)])
     return table(["slots of 2 + 4x4 + 2, float32", *kinds], rows)
 
 
-def looped_measures(device):
-    """Tables of exit and of speculation on a trained model, at each of the loop counts, greedy."""
-    trained, folder = pretrained.load(looped).to(device), Path(config["dataset"])
-    folder = folder if folder.is_dir() else Path(__file__).parent / "data" / folder
-    split = open_split(
-        folder, "val", load_meta(folder), trained.block_size, trained.config.vocab_size
-    )
-    windows = [torch.from_numpy(part).to(device) for part in split.windows(split.spread(256))]
+# -----------------------------------------------------------------------------
+# decode --looped: exit and speculation of a trained model, greedy
+def looped_tables() -> tuple[str, str]:
+    """Return a table on early exit and one on speculation, at each of the loop counts."""
+    model = pretrained.load(looped).to(device)
+    meta = load_meta(data_dir)
+    split = open_split(data_dir, "val", meta, model.block_size, model.config.vocab_size)
+    x, y = (torch.from_numpy(part).to(device) for part in split.windows(split.spread(256)))
     if device.type == "cpu":
-        pack(trained)
+        pack(model)
     exits, drafted = [], []
-    for n in loops or trained.config.counts()[-1:]:
-        exits += exits_at(n, trained, *windows)
-        drafted += drafts_at(n, trained, windows[0])
-    rows = [f"speed, {batch} rows" for batch in batches]
-    return [
-        table(["loops", "threshold", "loss", "change", "loops used", "saved", *rows], exits),
-        table(["loops", "draft loops", "draft tokens", "accepted", "same tokens", *rows], drafted),
-    ]
+    for n in loops or model.config.counts()[-1:]:
+        exits += exit_rows(n, model, x, y)
+        drafted += draft_rows(n, model, x)
+    speeds = [f"speed, {batch_size} rows" for batch_size in batch_sizes]
+    exit_head = ["loops", "threshold", "loss", "change", "loops used", "saved", *speeds]
+    draft_head = ["loops", "draft loops", "draft tokens", "accepted", "same tokens", *speeds]
+    return table(exit_head, exits), table(draft_head, drafted)
 
 
-def turns(trained, n, idx, ways):
-    """{(way, rows): (median seconds, result)} of continuing half windows of idx (B, T), in turns."""
-    half, took, results = trained.block_size // 2, {}, {}
-    for _ in range(rounds + 1):
-        for name, options in ways.items():
-            for batch in batches:
-                start = time.perf_counter()
-                results[name, batch] = generate(
-                    trained, idx[:batch, :half], half, n_loop=n, temperature=0, **options
-                )
-                took.setdefault((name, batch), []).append(time.perf_counter() - start)
-    return {name: (statistics.median(times[1:]), results[name]) for name, times in took.items()}
+def continued(model: GPT, n_loop: int, x: Tensor, ways: dict[Hashable, dict]) -> tuple[dict, dict]:
+    """Return {(name, batch size): median seconds} and {..: what generate returned}.
+
+    The first half of windows x (B, T) is continued by as many tokens. ways: names to options of
+    generate.
+    """
+    half, works = model.block_size // 2, {}
+    for name, options in ways.items():
+        for batch_size in batch_sizes:
+            prompts, options = x[:batch_size, :half], options | {"temperature": 0}
+            works[name, batch_size] = partial(
+                generate, model, prompts, half, n_loop=n_loop, **options
+            )
+    results = {key: work() for key, work in works.items()}  # warms up
+    return {key: statistics.median(times) for key, times in in_turns(works).items()}, results
 
 
-def exits_at(n, trained, x, y):
-    """Rows about exit from n loops: on windows x, y the loss and loops used, continuing them the speed."""
-    rules = {0.0: None} | {
-        threshold: make_exit(trained, "state", threshold) for threshold in exit_thresholds
-    }
-    took = turns(trained, n, x, {name: dict(exit_rule=rule) for name, rule in rules.items()})
-    deep = exit_evaluation(trained, x, y, None, n)[0]
-    for name, rule in rules.items():
-        loss, used = exit_evaluation(trained, x, y, rule, n)
-        speeds = [f"{took[0.0, batch][0] / took[name, batch][0]:.2f}" for batch in batches]
-        yield [
-            n,
-            f"{name:g}",
-            f"{loss:.4f}",
-            f"{loss / deep - 1:+.2%}",
-            f"{used:.2f}",
-            f"{1 - used / n:.0%}",
-            *speeds,
-        ]
+def exit_rows(n_loop: int, model: GPT, x: Tensor, y: Tensor) -> Iterator[list]:
+    """Yield a row for each exit threshold: loss and loops used on windows x, y, and the speed."""
+    rules = {0.0: None}
+    for threshold in exit_thresholds:
+        rules[threshold] = make_exit(model, "state", threshold)
+    ways = {threshold: {"exit_rule": rule} for threshold, rule in rules.items()}
+    seconds, _ = continued(model, n_loop, x, ways)
+    full_loss, _ = exit_evaluation(model, x, y, None, n_loop)
+    for threshold, rule in rules.items():
+        loss, used = exit_evaluation(model, x, y, rule, n_loop)
+        cells = [f"{threshold:g}", f"{loss:.4f}", f"{loss / full_loss - 1:+.2%}"]
+        cells += [f"{used:.2f}", f"{1 - used / n_loop:.0%}"]
+        for batch_size in batch_sizes:
+            ratio = seconds[0.0, batch_size] / seconds[threshold, batch_size]
+            cells.append(f"{ratio:.2f}")
+        yield [n_loop, *cells]
 
 
-def drafts_at(n, trained, x):
-    """Rows about drafts for n loops: how many stand, how many tokens are those of plain decoding, the speed."""
-    pairs = [pair for pair in drafts if pair[0] < n]
-    plain = {(0, 0): {}}
-    took = turns(
-        trained,
-        n,
-        x,
-        plain | {pair: dict(draft_loops=pair[0], draft_tokens=pair[1]) for pair in pairs},
-    )
-    for pair in pairs:
-        both = [(took[(0, 0), batch], took[pair, batch]) for batch in batches]
-        same = [f"{(slow[1][0] == fast[1][0]).float().mean():.1%}" for slow, fast in both]
-        stand = [f"{fast[1][1]['accepted'] / fast[1][1]['drafted']:.0%}" for _, fast in both]
-        yield [
-            n,
-            *pair,
-            ", ".join(stand),
-            ", ".join(same),
-            *(f"{slow[0] / fast[0]:.2f}" for slow, fast in both),
-        ]
+def draft_rows(n_loop: int, model: GPT, x: Tensor) -> Iterator[list]:
+    """Yield a row for each pair of drafts: drafts accepted, tokens as without, and the speed."""
+    plain, ways = (0, 0), {(0, 0): {}}
+    for draft_loops, draft_tokens in drafts:
+        if draft_loops < n_loop:
+            options = {"draft_loops": draft_loops, "draft_tokens": draft_tokens}
+            ways[draft_loops, draft_tokens] = options
+    seconds, results = continued(model, n_loop, x, ways)
+    for pair in ways:
+        if pair == plain:
+            continue
+        accepted, same, speeds = [], [], []
+        for batch_size in batch_sizes:
+            tokens, stats = results[pair, batch_size]
+            plain_tokens, _ = results[plain, batch_size]
+            accepted.append(f"{stats['accepted'] / stats['drafted']:.0%}")
+            same.append(f"{(tokens == plain_tokens).float().mean():.1%}")
+            speeds.append(f"{seconds[plain, batch_size] / seconds[pair, batch_size]:.2f}")
+        yield [n_loop, *pair, ", ".join(accepted), ", ".join(same), *speeds]
 
 
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def decoding(device):
-    """What bench.py decode prints, as Markdown: one section."""
+def decode_section() -> str:
+    """Return a section on decoding."""
+    load_before = os.getloadavg()[0]
     what = (
-        f"Width {config['n_embd']}, {config['vocab_size']:,} ids, block_size {config['block_size']}; prompts of "
-        f"{prompt}, {new} new tokens. Tokens/s with the prompt, a step without it; weights are counted as often as "
-        "they are applied."
+        f"Width {config['n_embd']}, {config['vocab_size']:,} ids, block_size "
+        f"{config['block_size']}; prompts of {prompt_tokens}, {new_tokens} new tokens. Tokens/s "
+        "with the prompt, a step without it; weights are counted as often as they are applied."
     )
-    before, body = (
-        os.getloadavg()[0],
-        [
-            "### GPT-2's shape, random weights",
-            what,
-            speed(device),
-            bandwidth(device),
-            "### Cache, bytes per token",
-            cache_sizes(),
-        ],
-    )
+    parts = []
+    if device.type != "cuda":
+        missing = "bfloat16 there, the share of its copy bandwidth, compiled steps"
+        parts.append(f"Not measured on a GPU: {missing}.")
+    parts += ["### GPT-2's shape, random weights", what, decoding_table(), bandwidth()]
+    parts += ["### Cache, bytes per token", cache_table()]
     if looped:
-        exits, drafted = looped_measures(device)
-        body += [
-            f"### Exit by the change of the state: {Path(looped).name}",
-            exits,
-            "### Self-speculation, the same model",
-            drafted,
-        ]
-    rows = " and ".join(map(str, batches))
-    title = (
-        f"## {machine(device)}, torch {torch.__version__}, {rows} row(s), {prompt} + {new} tokens"
-    )
-    head = [title, *circumstances(before)]
-    gpu = "Not measured on a GPU: bfloat16 there, the share of its copy bandwidth, compiled steps."
-    return "\n\n".join([*head, *([] if device.type == "cuda" else [gpu]), *body]) + "\n"
+        exits, drafted = looped_tables()
+        parts += [f"### Exit by the change of the state: {Path(looped).name}", exits]
+        parts += ["### Self-speculation, the same model", drafted]
+    rows = " and ".join(map(str, batch_sizes))
+    sizes = f"{rows} row(s), {prompt_tokens} + {new_tokens} tokens"
+    return section(f"{machine()}, torch {torch.__version__}, {sizes}", load_before, *parts)
 
 
-def machine(device):
-    """Its name in a heading."""
-    cpu = f"{torch.get_num_threads()} thread(s) of a CPU ({platform.machine()})"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+# -----------------------------------------------------------------------------
+# plan: memory and time on other machines
+USABLE = 0.95  # share of a GPU's memory; drivers, libraries and gaps between tensors take the rest
+MIB, GIB = 2**20, 2**30
 
 
-def circumstances(before):
-    """The command, and when and under what load it ran. before: the load average at its start."""
-    load = f"Load average {before:.1f} before, {os.getloadavg()[0]:.1f} after; medians of {rounds} rounds in turn."
-    return f"`python bench.py {' '.join(sys.argv[1:])}`", f"{time.strftime('%Y-%m-%d')}. {load}"
+def print_plan() -> None:
+    """Print the memory of each process at each depth, the time of a step, and what limits."""
+    estimate.check(config)
+    sheet, on_gpu = hardware.find_gpu(gpu), gpu != "cpu"
+    number_type = planned_dtype(sheet)
+    peak = getattr(sheet, number_type)
+    if not on_gpu:
+        config["efficiency"] = measured_efficiency(DTYPES[number_type], peak)
+    with torch.device("meta"):
+        objective = make_objective(config)
+    shape = objective.model.config
+    depths = [shape.counts()]
+    if shape.loop_sampling != "fixed":
+        depths.append(shape.counts(shape.max_loops))
+    last = (DTYPES[number_type], on_gpu)  # arguments of memory() and remedies()
+    memory = {depth: estimate.memory(config, depth, *last) for depth in depths}
+    seconds = estimate.seconds(config, objective, sheet, peak)
+    print_title(objective.model, number_type)
+    print_memory(memory)
+    print_time(objective, seconds, sheet, peak)
+    room = USABLE * sheet.memory  # GiB
+    needed = max(sum(parts.values()) for parts in memory.values()) / GIB
+    if needed <= room:
+        limit = "the link" if seconds["link"] > seconds["arithmetic"] else "arithmetic"
+        print(f"It fits into the {room:.1f} GiB that can be used. What limits is {limit}.")
+    else:
+        over = f"{needed - room:.2f} GiB more than the {room:.1f} that can be used"
+        print(f"What limits is memory: {over}. In all with")
+        print_remedies(estimate.remedies(config, depths[-1], *last), room)
 
 
-def put_section(path, section):
-    """Replace the section of a Markdown file with the same heading, or add it."""
-    empty = "# Benchmarks\n\nWritten by bench.py, a section for each machine and shape.\n\n"
-    text = path.read_text("utf-8") if path.exists() else empty
-    head, *sections = text.split("\n## ")
-    sections = [part for part in sections if part.split("\n")[0] != section[3:].split("\n")[0]]
-    path.write_text("\n## ".join([head, *sections, section[3:]]), "utf-8")
+def planned_dtype(sheet: Gpu) -> str:
+    """Return the name of the number type of matrix products. ValueError where a GPU has none."""
+    name = config["dtype"]
+    if name == "auto":
+        name = "bfloat16" if gpu != "cpu" and sheet.bfloat16 else "float32"
+    require("dtype", name, name in DTYPES, "auto, " + " or ".join(DTYPES))
+    require("dtype", name, getattr(sheet, name) > 0, f"one that the data sheet of {gpu} has")
+    return name
 
 
-def measure(device):
-    """A table of training steps at each of the loop counts, printed line by line."""
-    dtype, compiled = (
-        pick_dtype(config["dtype"], device),
-        config["compile"] and compile_works(device),
-    )
-    scored, step = training_step(config, device, dtype, compiled)
-    model, tokens, peak = scored.model, tokens_of(config), peak_flops(device, dtype)
-    counts = [model.config.counts(n) for n in loops] or [model.config.counts()]
+def measured_efficiency(number_type: torch.dtype, peak: float) -> float:
+    """Return the share of the peak that the fastest of up to three steps reaches on this CPU."""
+    step, times = TrainingStep(config, device, number_type), []
+    while len(times) < 4 and sum(times) < 20:  # the first one warms up
+        times.append(clock(step))
+    return step.objective.flops_per_token() * tokens_per_step / (min(times) * peak)
+
+
+def print_title(model: GPT, dtype_name: str) -> None:
+    micro_steps = config["gradient_accumulation_steps"] // n_gpus
     print(
-        f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {config['vocab_size']}, "
-        f"{config['batch_size']} x {model.config.block_size} tokens a step, {device} in {dtype}, "
-        f"{'compiled' if compiled else 'eager'}, torch {torch.__version__}"
+        f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {config['vocab_size']}; "
+        f"{micro_steps} x {config['batch_size']} x {config['block_size']} tokens a step "
+        f"on each of {n_gpus} x {gpu} in {dtype_name}"
     )
-    memory = {count: warm_up(step, count, device, dtype) for count in counts}
-    seconds = in_turns({count: functools.partial(step, count) for count in counts}, device)
+
+
+def print_memory(memory: dict[tuple, dict[str, float]]) -> None:
+    """Print MiB by part; memory: a column for each depth."""
+    columns = [parts | {"in all": sum(parts.values())} for parts in memory.values()]
+    lines = {"MiB with loops": [",".join(map(str, depth)) or "-" for depth in memory]}
+    for name in columns[0]:
+        lines[name] = [f"{parts[name] / MIB:,.0f}" for parts in columns]
+    for name, cells in lines.items():
+        print(name.ljust(16) + aligned(cells, (10,) * len(cells)))
+
+
+def print_time(objective: Objective, took: dict[str, float], sheet: Gpu, peak: float) -> None:
+    """Print FLOPs, the time of a step, by what takes it, and that of the run."""
+    seconds, n_steps = sum(took.values()), config["max_iters"]
+    tokens = config["gradient_accumulation_steps"] * tokens_per_step
+    depths = estimate.depths_of(config, objective.model).items()
+    flops = sum(share * objective.flops_per_token(depth) for depth, share in depths)
+    source = "measured here" if gpu == "cpu" else "assumed: measured on none"
     print(
-        f"{'loops':>8}{'ms':>10}{'tokens/s':>12}{'MFLOP/token':>13}{'GFLOP/s':>11}{'MFU':>8}{'peak MiB':>10}"
+        f"{flops / 1e6:,.1f} MFLOP/token at {config['efficiency']:.0%} ({source}) "
+        f"of {peak / 1e12:,.3g} TFLOP/s"
     )
-    for count in counts:
-        median, flops = statistics.median(seconds[count]), scored.flops_per_token(count)
-        rate = flops * tokens / median
-        print(
-            f"{','.join(map(str, count)) or '-':>8}{1e3 * median:>10.1f}{tokens / median:>12,.0f}{flops / 1e6:>13.2f}"
-            f"{rate / 1e9:>11,.1f}{f'{rate / peak:.1%}' if peak else 'n/a':>8}{memory[count] / 2**20:>10,.0f}"
-        )
-    if config["spectral_clip_beta"]:
-        seconds = time_clip(model, device)
-        share = (
-            seconds
-            / config["spectral_clip_interval"]
-            / config["gradient_accumulation_steps"]
-            / median
-        )
-        print(
-            f"spectral clipping of every block: {1e3 * seconds:.1f} ms; {share:.1%} of a training step of "
-            f"{config['gradient_accumulation_steps']} micro-steps, every {config['spectral_clip_interval']} steps"
-        )
+    print(
+        f"a step: {1e3 * took['arithmetic']:,.1f} ms of arithmetic, {1e3 * took['link']:,.1f} ms "
+        f"of waiting for the link of {estimate.link_of(config, sheet) / 1e9:,.0f} GB/s"
+    )
+    print(
+        f"{tokens / seconds:,.0f} tokens/s; {n_steps:,} steps of {tokens:,} tokens take "
+        f"{n_steps * seconds / 3600:,.2f} hours, evaluations not counted"
+    )
 
 
-def warm_up(step, count, device, dtype):
-    """Two steps, with which compilation is over; the peak of memory."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    step(count), step(count)
-    return peak_alone(device, dtype, {}, count) if device.type == "cpu" else peak_memory(device)
+def print_remedies(sizes: dict[str, float], room: float) -> None:
+    """Print the memory in all with each option. room: GiB that can be used."""
+    for option, size in sizes.items():
+        verdict = "fits" if size / GIB <= room else "too much"
+        print(f"  {option:<20}{size / MIB:>10,.0f} MiB, {verdict}")
 
 
-def prepare():
-    """The device, everything that was asked for checked."""
-    for name, least in {"rounds": 1, "steps": 1, "threads": 0, "batch_size": 1}.items():
-        if config[name] < least:
-            raise ValueError(f"{name}={config[name]}: must be at least {least}")
-    meta = Path(__file__).parent / "data" / config["dataset"]
-    if command != "decode" and "vocab_size" not in given and (meta / "meta.json").exists():
-        known = load_meta(meta)["vocab_size"]
-        config["vocab_size"] = known if known < 1024 else -(-known // 64) * 64  # as train.py has it
-    if threads:
-        torch.set_num_threads(threads)
-    device = pick_device(config["device"])
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, as in train.py
-    return device
+# -----------------------------------------------------------------------------
+def main() -> None:
+    if command == "plan":
+        print_plan()
+    elif command == "train" and not peer:
+        print_depths()
+    else:
+        text = decode_section() if command == "decode" else train_section()
+        print(text)
+        if write_to:
+            put_section(Path(write_to), text)
 
 
 if __name__ == "__main__":
     with clear_errors():
-        device = prepare()
-        if command == "plan":
-            print(estimate.report(config))
-        elif command == "train" and not peer:
-            measure(device)
-        else:
-            section = {"train": side_by_side, "decode": decoding}[command](device)
-            print(section)
-            if write:
-                put_section(Path(write), section)
+        main()

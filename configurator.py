@@ -1,109 +1,203 @@
 """
-Config files and --key=value onto a script's knobs, left to right, later wins:
+Apply config files and --key=value options to a script's knobs, left to right, later wins:
 
     python train.py config/quickstart.py --learning_rate=1e-3 --eval_loops=1,4,8 --compile=False
 
-A script's knobs are the literals assigned at its top level before it calls configure(), plus the fields of GPTConfig.
-Config files are Python and are executed: run only those you trust. A wrong option ends the script with exit code 2 and
-one line that names it and what would be right.
+A script's knobs are the literals assigned at its top level before it calls configure(), plus the
+fields of GPTConfig where the script asks for them. The comment on a knob's line is its help in -h;
+a comment line alone above a knob is the heading of the knobs that follow.
+
+Config files are Python and are executed: run only those you trust. A wrong option ends the script
+with exit code 2 and one line that names the option and says what is allowed.
 """
 
 import ast
 import difflib
 import io
+import math
+import os
 import runpy
 import sys
+import textwrap
 import tokenize
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+HELP_WIDTH = 100  # columns of -h
+TYPE_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    tuple: "a list such as 4,8",
+}
+BOOLS = {"true": True, "1": True, "false": False, "0": False}
+
 
 @dataclass
 class Knob:
+    """An option of a script, as its source declares it."""
+
     name: str
-    value: object  # its type is the knob's type
-    help: str
+    value: object  # the default; its type is the option's type
+    help: str  # the comment on its line
+    group: str = ""  # the heading above it
 
 
-def configure(scope, *sources, argv=None):
-    """Apply the command line to the knobs of a script.
+def configure(
+    scope: dict, *sources: tuple[str | Path, str], argv: list[str] | None = None
+) -> tuple[dict, set]:
+    """Apply the command line to the knobs of a script and return (config, given).
 
-    scope: the script's globals(); its own knobs are set there. sources: further files whose knobs count too, as
-    (path, class name or ""), for a dataclass's fields or a script's knobs.
-    Returns (config, given): every knob's final value, and the names that were set. Exits with 0 on -h, 2 on an error.
+    scope: the script's globals(), in which its own knobs are set.
+    sources: (path, class name or "") of further files with knobs, either the fields of a dataclass
+        or the knobs of another script; a relative path starts at the script's folder.
+    config: the final value of every knob. given: the names that were set.
+    Exits with code 0 on -h and with code 2 on a wrong option.
     """
-    own = read_knobs(scope["__file__"])
-    knobs = {**{k: v for path, name in sources for k, v in read_knobs(path, name).items()}, **own}
     argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(usage(scope, knobs))
+    script = Path(scope["__file__"])
+    own = read_knobs(script)
+    sections = {"options, with their defaults": own}
+    knobs = {}
+    for path, class_name in sources:
+        fields = read_knobs(script.parent / path, class_name)
+        knobs |= fields
+        file = Path(path).name
+        heading = f"fields of {class_name} ({file})" if class_name else f"options of {file}"
+        sections[heading] = fields
+    knobs |= own
+    if "-h" in argv or "--help" in argv:
+        print_help(scope["__doc__"] or "", sections)
         sys.exit(0)
+    given = {}
     with clear_errors():
-        given = {}
         for argument in argv:
-            given.update(read_argument(argument, knobs))
-    config = {**{name: knob.value for name, knob in knobs.items()}, **given}
-    scope.update({name: config[name] for name in own})
+            given |= read_argument(argument, knobs)
+    config = {name: knob.value for name, knob in knobs.items()} | given
+    for name in own:
+        scope[name] = config[name]
     return config, set(given)
 
 
 @contextmanager
-def clear_errors():
-    """Turns a ValueError or OSError inside into one line on stderr and exit code 2."""
+def clear_errors() -> Iterator[None]:
+    """Report a ValueError or OSError raised inside in one line on stderr and exit with code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
         line = " ".join(str(error).splitlines())
-        sys.stderr.write(
-            f"{Path(sys.argv[0]).name}: {line if len(line) < 800 else line[:800] + '...'}\n"
-        )
+        if len(line) >= 800:
+            line = line[:800] + "..."
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {line}\n")
         sys.exit(2)
 
 
-def check_ranges(scope, limits):
-    """ValueError where a knob of a script (scope: its globals()) is outside its range in limits."""
-    for name, values in limits.items():
-        if scope[name] not in values:
-            raise ValueError(
-                f"{name}={scope[name]}: must be from {values.start} to {values.stop - 1}"
-            )
+# -----------------------------------------------------------------------------
+# validating
 
 
-def read_knobs(path, class_name=""):
-    """The knobs of a script, or of a dataclass in it, in order, read from the source without executing it."""
+def require(name: str, value: object, ok: bool, allowed: str) -> None:
+    """Raise ValueError that names the option, its value and what is allowed, unless ok."""
+    if not ok:
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def check_ranges(values: dict, limits: dict[str, tuple[float, float]]) -> None:
+    """Raise ValueError where a value is outside its limits, a pair (least, most), or is not finite.
+
+    values: option names to numbers, such as a script's globals(). most may be math.inf.
+    """
+    for name, (least, most) in limits.items():
+        allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        value = values[name]
+        require(name, value, abs(value) < math.inf, "a finite number")
+        require(name, value, least <= value <= most, allowed)
+
+
+# -----------------------------------------------------------------------------
+# reading knobs
+
+
+def read_knobs(path: str | Path, class_name: str = "") -> dict[str, Knob]:
+    """Return the knobs of a script, or of a dataclass in it, in order, without executing it."""
     text = Path(path).read_text(encoding="utf-8")
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    body = ast.parse(text).body
-    if class_name:
-        body = next(
-            node.body for node in body if isinstance(node, ast.ClassDef) and node.name == class_name
-        )
-    knobs = {}
-    for node in body:
-        if any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node)):
-            break
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name):
-            knobs[target.id] = Knob(
-                target.id, ast.literal_eval(node.value), comments.get(node.end_lineno, "")
-            )
+    nodes = knob_nodes(ast.parse(text).body, class_name)
+    beside_code, alone = read_comments(text, nodes[-1].end_lineno if nodes else 0)
+    knobs, group = {}, ""
+    for node in nodes:
+        name = node.targets[0].id if isinstance(node, ast.Assign) else node.target.id
+        lines = range(node.lineno, node.end_lineno + 1)  # several, where the value is in brackets
+        comment = " ".join(beside_code[line] for line in lines if line in beside_code)
+        group = heading_above(node.lineno, alone) or group
+        knobs[name] = Knob(name, ast.literal_eval(node.value), comment, group)
     return knobs
 
 
-def read_argument(argument, knobs):
-    """One command-line argument to {name: value}: a config file, --name=value, or --name for True."""
+def knob_nodes(body: list[ast.stmt], class_name: str) -> list[ast.Assign | ast.AnnAssign]:
+    """Return the assignments to one name, up to the first statement that mentions configure."""
+    if class_name:
+        classes = [node for node in body if isinstance(node, ast.ClassDef)]
+        body = next(node.body for node in classes if node.name == class_name)
+    nodes = []
+    for node in body:
+        if any(isinstance(n, ast.Name) and n.id == "configure" for n in ast.walk(node)):
+            break
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            nodes.append(node)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            nodes.append(node)
+    return nodes
+
+
+def read_comments(text: str, last_line: int) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the comments up to a line, by line number: those beside code, those alone."""
+    head = "\n".join(text.split("\n")[:last_line])
+    beside_code, alone = {}, {}
+    for token in tokenize.generate_tokens(io.StringIO(head).readline):
+        if token.type == tokenize.COMMENT:
+            comments = alone if token.line.strip() == token.string else beside_code
+            comments[token.start[0]] = token.string.lstrip("# ")
+    return beside_code, alone
+
+
+def heading_above(line: int, comments: dict[int, str]) -> str:
+    """Return the comment lines directly above a line, joined, without rulers of dashes."""
+    parts = []
+    while line - 1 in comments:
+        line -= 1
+        if comments[line].strip("-"):
+            parts.insert(0, comments[line])
+    return " ".join(parts)
+
+
+# -----------------------------------------------------------------------------
+# reading arguments and config files
+
+
+def read_argument(argument: str, knobs: dict[str, Knob]) -> dict:
+    """Return {name: value} of one command-line argument.
+
+    It is a config file, --name=value, or --name for True.
+    """
     if not argument.startswith("--"):
         return read_config_file(argument, knobs)
     name, equals, text = argument[2:].partition("=")
-    knob = find(name, knobs, "")
-    if not equals and not isinstance(knob.value, bool):
-        raise ValueError(f"--{name} needs a value: --{name}={show(knob.value)}")
-    return {name: parse(text, knob) if equals else True}
+    knob = find_knob(name, knobs)
+    if equals:
+        return {name: parse(text, knob)}
+    if isinstance(knob.value, bool):
+        return {name: True}
+    raise ValueError(f"--{name} needs a value: --{name}={show(knob.value)}")
 
 
-def read_config_file(path, knobs):
+def read_config_file(path: str, knobs: dict[str, Knob]) -> dict:
+    """Execute a config file and return {name: value}, without modules and names that begin with _.
+
+    Raises ValueError that names the file where it cannot be executed or sets what is no option.
+    """
     if not path.endswith(".py"):
         raise ValueError(f"{clip(path)!r}: expected a config file (.py) or --name=value")
     try:
@@ -112,91 +206,146 @@ def read_config_file(path, knobs):
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
-    names = {
-        k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, type(sys))
-    }
-    return {
-        name: convert(value, find(name, knobs, f"{path}: "), f"{path}: ")
-        for name, value in names.items()
-    }
+    values = {}
+    for name, value in names.items():
+        if not name.startswith("_") and not isinstance(value, type(sys)):
+            knob = find_knob(name, knobs, f"{path}: ")
+            values[name] = convert(value, knob, f"{path}: ")
+    return values
 
 
-def find(name, knobs, where):
-    if name not in knobs:
-        close = difflib.get_close_matches(name[:100], knobs, 1)
-        hint = f", did you mean {close[0]!r}?" if close else "; -h lists them all"
-        raise ValueError(f"{where}unknown option {clip(name)!r}{hint}")
-    return knobs[name]
+def find_knob(name: str, knobs: dict[str, Knob], prefix: str = "") -> Knob:
+    """Return the knob of that name, or raise ValueError with the closest name.
+
+    prefix: the beginning of the message.
+    """
+    if name in knobs:
+        return knobs[name]
+    close = difflib.get_close_matches(name[:100], knobs, 1)
+    hint = f", did you mean {close[0]!r}?" if close else "; -h lists them all"
+    raise ValueError(f"{prefix}unknown option {clip(name)!r}{hint}")
 
 
-def parse(text, knob):
-    """The text of an option as a value of the knob's type: 1e3 is an int if whole, 4,8 and [[0,1],[3]] are tuples."""
+def parse(text: str, knob: Knob) -> object:
+    """Return the text of an option as a value of the knob's type, or raise ValueError.
+
+    1e3 is an int if whole; 4,8 and [[0,1],[3]] are tuples.
+    """
     kind = type(knob.value)
     if kind is str:
         return text
     if kind is bool:
-        return convert(
-            {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text), knob
-        )
+        return convert(BOOLS.get(text.lower(), text), knob)
+    if len(text) > 10000:  # literal_eval could take all memory
+        return convert(text, knob)
     try:
-        if len(text) > 10000:  # to parse it could take all memory
-            value = text
-        elif kind is tuple:
-            value = ast.literal_eval(text if text[:1] in ("[", "(") else f"[{text}]")
-        else:
-            value = int(text) if text.strip("+-").isdecimal() and len(text) <= 20 else float(text)
+        value = parse_list(text) if kind is tuple else parse_number(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text
+        value = text  # convert refuses it
     return convert(value, knob)
 
 
-def convert(value, knob, where=""):
-    """value as the knob's type, or ValueError."""
+def parse_list(text: str) -> object:
+    return ast.literal_eval(text if text.startswith(("[", "(")) else f"[{text}]")
+
+
+def parse_number(text: str) -> int | float:
+    if text.strip("+-").isdecimal() and len(text) <= 20:
+        return int(text)
+    return float(text)
+
+
+def convert(value: object, knob: Knob, prefix: str = "") -> object:
+    """Return value as the knob's type, or raise ValueError.
+
+    prefix: the beginning of the message.
+    """
     kind = type(knob.value)
-    if kind is tuple and isinstance(value, (tuple, list)) and all(map(is_number, flat(value))):
-        return freeze(value)
-    if kind in (int, float) and is_number(value) and kind(value) == value:
-        return kind(value)
-    if kind in (bool, str) and isinstance(value, kind):
-        return value
-    kinds = {
-        int: "a whole number",
-        float: "a number",
-        bool: "True or False",
-        str: "text",
-        tuple: "a list such as 4,8",
-    }
-    raise ValueError(f"{where}{knob.name}={clip(value)!r}: must be {kinds[kind]}")
+    if kind is tuple:
+        fits = isinstance(value, (tuple, list)) and all(is_number(leaf) for leaf in leaves(value))
+    elif kind in (int, float):
+        fits = is_number(value) and kind(value) == value
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        raise ValueError(f"{prefix}{knob.name}={clip(value)!r}: must be {TYPE_WORDS[kind]}")
+    return freeze(value) if kind is tuple else kind(value)
 
 
-def is_number(value):
+def is_number(value: object) -> bool:
+    """Return True for an int or a finite float below 2**64; a bool is not a number here."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**64
 
 
-def flat(value):
-    """The leaves of nested lists."""
-    return (
-        [leaf for part in value for leaf in flat(part)]
-        if isinstance(value, (tuple, list))
-        else [value]
-    )
+def leaves(value: object) -> list:
+    """Return the values in nested lists, as one flat list."""
+    if not isinstance(value, (tuple, list)):
+        return [value]
+    return [leaf for part in value for leaf in leaves(part)]
 
 
-def freeze(value):
+def freeze(value: object) -> object:
+    """Return nested lists as nested tuples, anything else as it is."""
     return tuple(map(freeze, value)) if isinstance(value, (tuple, list)) else value
 
 
-def clip(value):
-    """A value short enough for an error line."""
+# -----------------------------------------------------------------------------
+# showing
+
+
+def clip(value: object) -> object:
+    """Return a value short enough for an error line."""
     return value if len(str(value)) <= 60 else str(value)[:57] + "..."
 
 
-def show(value):
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def show(value: object) -> str:
+    """Return a value as it is written on the command line; a newline as backslash n."""
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text.replace("\n", "\\n")
 
 
-def usage(scope, knobs):
-    lines = [(scope["__doc__"] or "").strip(), "", "options, with their defaults:"]
-    for knob in knobs.values():
-        lines.append(f"  {'--' + knob.name + '=' + show(knob.value):<38} {knob.help}".rstrip())
+def print_help(doc: str, sections: dict[str, dict[str, Knob]]) -> None:
+    """Print a script's docstring and its options; sections: a heading to the knobs under it."""
+    try:
+        print(format_help(doc, sections), flush=True)
+    except BrokenPipeError:  # of `-h | head`; a closed stdout would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def format_help(doc: str, sections: dict[str, dict[str, Knob]]) -> str:
+    """Return the text of -h; an option that two sections have is listed in the first."""
+    options = [option_text(knob) for knobs in sections.values() for knob in knobs.values()]
+    column = min(42, 2 + max(map(len, options), default=0))
+    lines, listed = [doc.strip()], set()
+    for heading, knobs in sections.items():
+        lines += ["", f"{heading}:"]
+        group = ""
+        for name, knob in knobs.items():
+            if name in listed:
+                continue
+            listed.add(name)
+            if knob.group != group:
+                group = knob.group
+                lines += ["", *textwrap.wrap(group, HELP_WIDTH, initial_indent="  ")]
+            lines += format_knob(knob, column)
     return "\n".join(lines)
+
+
+def option_text(knob: Knob) -> str:
+    return f"    --{knob.name}={show(knob.value)}"
+
+
+def format_knob(knob: Knob, column: int) -> list[str]:
+    """Return the lines of one option, its help wrapped from a column on."""
+    option, indent = option_text(knob), " " * column
+    lines = textwrap.wrap(
+        knob.help,
+        HELP_WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )
+    if lines and len(option) + 2 <= column:
+        lines[0] = option.ljust(column) + lines[0][column:]
+        return lines
+    return [option, *lines]

@@ -1,174 +1,213 @@
 """
-Text from a model, token by token; every pass is another composition of the model's public pieces.
+Decoding: text from a model, token by token, with a cache of keys and values.
 
     pass:       embed -> stages before the last loop -> its loops -> stages after it -> head
-    exit:       a rule looks after each loop; rows that are done leave the batch for the loops that remain
-    speculate:  draft tokens with a few loops, then go on from the same states and cache to full depth, which verifies
+    exit:       a rule is asked after each loop; rows that stop leave the batch for deeper loops
+    speculate:  draft tokens with a few loops, then continue the same states to full depth: verify
 
-A round of generate() runs the newest token of every row, and behind it what was drafted; without drafts it is plain
-decoding. From top to bottom: the cache, sampling, the passes, generate(). Exit rules are in exit_rules.py.
-Shapes: B rows of a batch, R those of them that a pass is about, T new tokens, S cells, C channels, V vocabulary.
+generate() runs rounds: each runs the newest token of every row, and behind it the drafted ones;
+without drafts that is plain decoding. Every pass is a composition of the model's public pieces.
+From top to bottom: the cache, sampling, the Decoder's passes, generate() and its checks. Exit rules
+are in nanorecur/exit_rules.py.
+Shapes: B rows of the batch, R rows of a pass, T new tokens, S cells, C channels, V vocabulary.
 """
 
+import copy
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
-from nanorecur.exit_rules import GateExit, rows_of
+from model import GPT, Context, GPTConfig, LatentAttention, Loop
+from nanorecur.exit_rules import ExitRule, GateExit
 
 # -----------------------------------------------------------------------------
-# the cache: token t of a row lies in cell t of the slot that belongs to its loop
+# the cache: token t of a row lies in cell t of the slot that belongs to its stage and loop
 
-SLOTS = {  # the slot of loop i of n, numbered in the order of their first use; k: how many there are
+SLOTS = {  # the slot of loop i of n; k: n_slot
     "full": lambda i, n, k: i,
-    "last": lambda i, n, k: max(
-        0, i - (n - k)
-    ),  # the last k loops have their own, the first of which earlier ones use
+    "last": lambda i, n, k: max(0, i - (n - k)),  # the last k loops; the first of them for earlier
     "first+shared": lambda i, n, k: min(i, 1),
     "mod": lambda i, n, k: i % k,
     "shared": lambda i, n, k: 0,
 }
-KEPT = {  # what attention keeps of a token: (heads, channels) of each part
-    "mha": lambda attn: 2 * [(attn.heads[1], attn.size)],  # keys, values
-    "mla": lambda attn: [(1, attn.n_latent), (1, attn.turning)],
-}
 
 
-class Group(NamedTuple):
-    turn: int  # how often attention was called before, in a pass that makes every loop
-    slots: list  # of each loop
-    kept: list  # of each block its parts (slots, B, heads, size, channels)
+def cached_parts(attn: nn.Module) -> list[tuple[int, int]]:
+    """Return (heads, channels) of the two parts that attention stores of a token."""
+    if isinstance(attn, LatentAttention):
+        return [(1, attn.n_latent), (1, attn.rope_dim)]
+    return [(attn.heads[1], attn.head_dim), (attn.heads[2], attn.head_dim)]  # keys, values
+
+
+class StageCache:
+    """Storage of one stage: what attention stores, by block and slot."""
+
+    def __init__(self, blocks: tuple, slots: list[int], batch: int, size: int, like: Tensor):
+        """Allocate batch rows of size cells. slots: of each loop. like: gives device and dtype."""
+        self.slots = slots
+        n_slots = max(slots) + 1
+        self.parts = []  # of each block two tensors (slots, B, heads, S, channels)
+        for block in blocks:
+            shapes = cached_parts(block.attn)
+            self.parts.append([like.new_zeros(n_slots, batch, h, size, c) for h, c in shapes])
+        self.views = []  # of each slot a list over blocks
+        for slot in range(n_slots):
+            self.views.append([[part[slot] for part in pair] for pair in self.parts])
+
+    def of_loop(self, i: int) -> list[list[Tensor]]:
+        """Return what loop i reads and writes: two tensors (B, heads, S, channels) per block."""
+        return self.views[self.slots[i]]
+
+    def copy_to_deeper(self, i: int, cache_pass: "Pass") -> None:
+        """Copy a pass's tokens, which stop after loop i, to the slots that they will not reach."""
+        first = max(self.slots[: i + 1]) + 1
+        rows, cells = cache_pass.rows, cache_pass.cells
+        for pair in self.parts:
+            for part in pair:
+                deepest = part[self.slots[i]][rows, :, cells]  # (R, T, heads, channels)
+                part[first:, rows, :, cells] = deepest.unsqueeze(2)
 
 
 class Cache:
-    """What attention keeps of the tokens so far, preallocated; rows of the batch may be of different lengths.
+    """Keys and values of the tokens so far, preallocated; rows may be of different lengths.
 
-    A query sees its own cell and those before it. So what padding or rejected drafts left in cells beyond a row's
-    length is overwritten before anything sees it, and taking tokens back is setting a smaller length.
+    A query sees its own cell and those before it. So what padding or rejected drafts left in cells
+    beyond a row's length is overwritten before anything sees it, and to take tokens back is to set
+    a smaller length.
     """
 
     def __init__(
         self,
-        model,
-        batch=1,
-        n_loop=None,
-        slots="full",
-        n_slot=1,
-        size=None,
-        dtype=None,
-        static=False,
+        model: GPT,
+        batch: int = 1,
+        n_loop: int | tuple | None = None,
+        slots: str = "full",
+        n_slot: int = 1,
+        size: int | None = None,
+        dtype: torch.dtype | None = None,
+        static: bool = False,
     ):
-        """Room for size tokens (None: block_size) in each of batch rows, at n_loop loops as GPT.forward has them.
+        """Allocate batch rows of size tokens (None: block_size), at n_loop loops as in GPT.forward.
 
-        slots: a key of SLOTS, n_slot: its k. static: attention reads all cells, so that shapes never change.
+        slots: a key of SLOTS, n_slot: its k. static: attention reads all cells, so that shapes
+        never change.
         """
-        config, like = model.config, model.lm_head.weight
-        self.offset, self.separator, self.static = (
-            int(config.predict_ahead),
-            config.document_separator,
-            static,
-        )
+        config, weight = model.config, model.lm_head.weight
+        like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
+        self.offset = int(config.predict_ahead)  # cells of the token before the prompt
+        self.separator = config.document_separator
+        self.static = static
         self.size = min(size or config.block_size, config.block_size) + self.offset  # cells
-        self.groups, self.views = [], []
-        for stage, count in model.schedule(n_loop):
-            numbers = [SLOTS[slots](i, *count, n_slot) for i in range(*count)] if count else [0]
-            shape, dtype = (max(numbers) + 1, batch), dtype or like.dtype
-            kept = [
-                [
-                    like.new_zeros(*shape, heads, self.size, channels, dtype=dtype)
-                    for heads, channels in parts
-                ]
-                for parts in (
-                    KEPT[config.attention](block.attn)
-                    for block in (stage.blocks if count else [stage])
-                )
-            ]
-            self.groups.append(Group(len(self.views), numbers, kept))
-            self.views += [[part[slot] for part in parts] for slot in numbers for parts in kept]
-        for view in (part for parts in self.views for part in parts) if static else ():
-            torch._dynamo.mark_static_address(
-                view, guard=False
-            )  # CUDA graphs write to no other input
+        self.stages = []
+        for stage in model.schedule(n_loop):
+            if stage.looped:
+                numbers = [SLOTS[slots](i, stage.n, n_slot) for i in range(stage.n)]
+            else:
+                numbers = [0]
+            blocks = stage.loop.blocks
+            self.stages.append(StageCache(blocks, numbers, batch, self.size, like))
+        if static:
+            self.mark_static()
         self.lengths = torch.zeros(batch, dtype=torch.long)  # tokens of each row, on the CPU
-        self.ids = like.new_zeros(batch, self.size, dtype=torch.long)
-        self.point()
+        self.ids = torch.zeros(batch, self.size, dtype=torch.long, device=like.device)
 
-    def point(self, rows=None, seen=None):
-        """The next pass is about rows (R,), None for all, each with seen (R,) tokens before it, None for all it has."""
-        self.numbers = torch.arange(len(self.lengths)) if rows is None else rows
-        self.seen = self.lengths[self.numbers] if seen is None else seen
+    def mark_static(self) -> None:
+        """Tell torch.compile that addresses stay, since CUDA graphs write to no other inputs."""
+        for stage in self.stages:
+            for slot in stage.views:
+                for part in (part for pair in slot for part in pair):
+                    torch._dynamo.mark_static_address(part, guard=False)
+
+    def open(self, n_new: int, rows: Tensor | None = None, seen: Tensor | None = None) -> "Pass":
+        """Begin a pass of n_new tokens in rows (R,), None for all, behind seen (R,) tokens of each.
+
+        seen is by default all that the cache has. GPT.forward and GPT.embed take the pass as cache.
+        """
+        return Pass(self, n_new, rows, seen)
+
+    def close(self, cache_pass: "Pass", count: int | Tensor) -> None:
+        """End a pass: of its tokens the first count (an int or (R,)) stay in each row."""
+        self.lengths[cache_pass.row_numbers] = cache_pass.seen + count
+
+    def bytes_per_token(self) -> int:
+        """Return the bytes that one token of one row takes."""
+        pairs = [pair for stage in self.stages for pair in stage.parts]
+        return sum(part[:, 0, :, 0].nbytes for pair in pairs for part in pair)
+
+
+class Pass:
+    """New tokens on their way through the model: their rows and cells, and the slots of each call.
+
+    Every call of attention calls extend() once, and takes the next of the slots.
+    """
+
+    def __init__(self, cache: Cache, n_new: int, rows: Tensor | None, seen: Tensor | None):
+        self.cache = cache
+        self.row_numbers = torch.arange(len(cache.lengths)) if rows is None else rows  # on the CPU
+        self.seen = cache.lengths[self.row_numbers] if seen is None else seen  # (R,), on the CPU
         self.length = int(self.seen.max())
-        self.rows = self.numbers.to(self.ids.device).unsqueeze(1)
-        self.open(0, len(self.views))
+        device, offset = cache.ids.device, cache.offset
+        n_cells = n_new if self.length else n_new + offset
+        start = (self.seen + offset * (self.seen > 0)).to(device)
+        self.rows = self.row_numbers.to(device).unsqueeze(1)  # (R, 1)
+        self.all_rows = len(self.rows) == len(cache.lengths)
+        self.cells = start.unsqueeze(1) + torch.arange(n_cells, device=device)  # (R, T)
+        self.end = n_cells + (self.length + offset if self.length else 0)  # cells that are read
+        if cache.static and self.length:
+            self.end = cache.size
+        self.slots = []  # of each call of attention in a forward pass at full depth
+        for stage in cache.stages:
+            for i in range(len(stage.slots)):
+                self.slots += stage.of_loop(i)
+        self.calls = 0
 
-    def open(self, turn, count):
-        """The next calls of attention are these of a pass that makes every loop."""
-        self.queue, self.turn = self.views[turn : turn + count], 0
+    def with_slots(self, slots: list[list[Tensor]]) -> "Pass":
+        """Return the same pass for calls of attention that use these slots."""
+        other = copy.copy(self)
+        other.slots, other.calls = slots, 0
+        return other
 
-    def look(self, x, idx):
-        """Position and mask of new tokens x (R, T, C): each sees itself and all before it in its document."""
-        start, T = (self.seen + self.offset * (self.seen > 0)).to(x.device), x.size(1)
-        self.places = start.unsqueeze(1) + torch.arange(T, device=x.device)  # (R, T)
-        self.end = (
-            self.size
-            if self.static and self.length
-            else self.length + self.offset * (self.length > 0) + T
-        )
-        self.select(None)
-        if self.separator < 0 and not self.length:
-            return self.places, None
-        cell, place = torch.arange(self.end, device=x.device), self.places.unsqueeze(-1)
-        mask = cell <= place  # (R, T, S)
-        if self.separator < 0:
-            return self.places, mask.unsqueeze(1)
-        self.ids[self.rows, self.places] = idx
-        ended = (self.ids[self.rows, cell] == self.separator).unsqueeze(1) & (cell < place)
-        start = ((cell + 1) * ended).amax(-1)  # of each token's document
-        return self.places - start, (mask & (cell >= start.unsqueeze(-1))).unsqueeze(1)
+    def of_rows(self, pick: Tensor) -> "Pass":
+        """Return the same pass for some of its rows, by number or as a mask (R,)."""
+        other = copy.copy(self)
+        other.rows, other.cells = self.rows[pick], self.cells[pick]
+        other.all_rows = len(other.rows) == len(self.cache.lengths)
+        return other
 
-    def extend(self, *new):
-        """Keep parts (R, heads, T, channels) of new tokens where it is their turn; returns all cells (R, .., S, ..)."""
-        kept, self.turn = self.queue[self.turn], self.turn + 1
-        for part, more in zip(kept, new):
-            part[self.row, :, self.place] = more.transpose(1, 2).to(part.dtype)
-        return [
-            part[:, :, : self.end] if self.whole else part[self.row[:, 0], :, : self.end]
-            for part in kept
-        ]
+    def positions_and_mask(self, x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return positions (R, T) and mask (R, 1, T, S) of new tokens, each in its document."""
+        cache, cells = self.cache, self.cells
+        if cache.separator < 0 and not self.length:
+            return cells, None  # causal
+        cell = torch.arange(self.end, device=x.device)  # (S,)
+        mask = cell <= cells.unsqueeze(-1)  # (R, T, S)
+        if cache.separator < 0:
+            return cells, mask.unsqueeze(1)
+        cache.ids[self.rows, cells] = idx
+        is_end = (cache.ids[self.rows, cell] == cache.separator).unsqueeze(1)  # (R, 1, S)
+        is_end = is_end & (cell < cells.unsqueeze(-1))
+        start = ((cell + 1) * is_end).amax(-1)  # of each new token's document
+        mask = mask & (cell >= start.unsqueeze(-1))
+        return cells - start, mask.unsqueeze(1)
 
-    def select(self, pick):
-        """Go on with some rows of the pass, (R',) numbers; None for all of them again."""
-        self.row, self.place = (
-            (self.rows, self.places) if pick is None else (self.rows[pick], self.places[pick])
-        )
-        self.whole = len(self.row) == len(self.lengths)
-
-    def stand_in(self, group, i):
-        """Tokens of the selected rows that stop after loop i: slots that they have not reached get their deepest."""
-        first = max(group.slots[: i + 1]) + 1
-        for part in (part for parts in group.kept for part in parts):
-            deepest = part[group.slots[i]][self.row, :, self.place]  # (R, T, heads, channels)
-            part[first:, self.row, :, self.place] = deepest.unsqueeze(2)
-
-    def advance(self, count):
-        """The pass is over, of count tokens for each row, an int or (R,)."""
-        self.lengths[self.numbers] = self.seen + count
-        self.point()
-
-    def bytes_per_token(self):
-        """Of one row of the batch."""
-        return sum(
-            part[:, 0, :, 0].nbytes
-            for group in self.groups
-            for parts in group.kept
-            for part in parts
-        )
+    def extend(self, *new: Tensor) -> list[Tensor]:
+        """Store parts (R, heads, T, channels) of new tokens; return those of all cells."""
+        stored = self.slots[self.calls]
+        self.calls += 1
+        for part, more in zip(stored, new):
+            part[self.rows, :, self.cells] = more.transpose(1, 2).to(part.dtype)
+        if self.all_rows:  # no copy
+            return [part[:, :, : self.end] for part in stored]
+        return [part[self.rows[:, 0], :, : self.end] for part in stored]
 
 
-def check_slots(config, n_loop, slots, n_slot):
-    """ValueError where a model cannot have these slots."""
+def check_slots(config: GPTConfig, n_loop, slots: str, n_slot: int) -> None:
+    """Raise ValueError where a model cannot have these slots."""
     counts = config.counts(n_loop)
     if slots not in SLOTS:
         raise ValueError(f"slots={slots!r}: must be one of {', '.join(SLOTS)}")
@@ -183,28 +222,21 @@ def check_slots(config, n_loop, slots, n_slot):
 
 
 class Sampling(NamedTuple):
-    """From logits to probabilities, in this order; what is 0 or None does nothing, but for temperature."""
+    """Filters on the logits, applied in this order; 0 or None turns one off."""
 
-    temperature: float = 1.0  # 0: all on the likeliest token
-    top_k: int | None = None  # the k likeliest
-    top_p: float | None = (
-        None  # the fewest likeliest that together have this probability (arXiv 1904.09751)
-    )
-    min_p: float | None = (
-        None  # those with this share of the likeliest's probability (arXiv 2407.01082)
-    )
-    repetition_penalty: float = (
-        1.0  # of tokens that occurred: divides positive logits (CTRL, arXiv 1909.05858)
-    )
+    temperature: float = 1.0  # 0: greedy, all probability on the likeliest token
+    top_k: int | None = None  # keep the k likeliest tokens
+    top_p: float | None = None  # keep the fewest that reach this probability (arXiv 1904.09751)
+    min_p: float | None = None  # keep those above this share of the likeliest's (arXiv 2407.01082)
+    repetition_penalty: float = 1.0  # divides positive logits of tokens that occurred (1909.05858)
     vocab_size: int | None = None  # ids from here on are padding and never drawn
 
-    def probabilities(self, logits, seen):
-        """(.., V) of logits (.., V) and of which tokens occurred, seen (.., V)."""
+    def probabilities(self, logits: Tensor, occurred: Tensor | None) -> Tensor:
+        """Return probabilities (.., V) of logits (.., V). occurred: (.., V), tokens in the text."""
         logits, penalty = logits[..., : self.vocab_size].float(), self.repetition_penalty
         if penalty != 1:
-            logits = torch.where(
-                seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits
-            )
+            penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(occurred, penalized, logits)
         if self.temperature == 0:
             return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
         logits = logits / self.temperature
@@ -214,262 +246,266 @@ class Sampling(NamedTuple):
         p = logits.softmax(-1)
         if self.top_p:
             ordered = p.sort(descending=True)
-            kept = ordered.values.cumsum(-1) - ordered.values < self.top_p
-            p = p * torch.zeros_like(kept).scatter(-1, ordered.indices, kept)
+            in_nucleus = ordered.values.cumsum(-1) - ordered.values < self.top_p
+            p = p * torch.zeros_like(in_nucleus).scatter(-1, ordered.indices, in_nucleus)
         if self.min_p:
             p = p * (p >= self.min_p * p.amax(-1, keepdim=True))
         return p / p.sum(-1, keepdim=True)
 
+    def check(self) -> None:
+        """Raise ValueError where a value is outside its range."""
+        ranges = {
+            "temperature": (0, torch.inf),
+            "top_k": (1, torch.inf),
+            "top_p": (1e-9, 1),
+            "min_p": (0, 1),
+            "repetition_penalty": (1e-9, torch.inf),
+            "vocab_size": (1, torch.inf),
+        }
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not (least <= value <= most and value < torch.inf):
+                raise ValueError(f"{name}={value}: must be from {least} to {most}")
 
-def check_sampling(sampling):
-    """ValueError where a value is outside its range."""
-    ranges = {
-        "temperature": (0, torch.inf),
-        "top_k": (1, torch.inf),
-        "top_p": (1e-9, 1),
-        "min_p": (0, 1),
-        "repetition_penalty": (1e-9, torch.inf),
-        "vocab_size": (1, torch.inf),
-    }
-    for name, (least, most) in ranges.items():
-        value = getattr(sampling, name)
-        if value is not None and not (least <= value <= most and value < torch.inf):
-            raise ValueError(f"{name}={value}: must be from {least} to {most}")
 
-
-def draw(p, generator):
-    """One token (R,) from probabilities (R, V): where their running sum passes a uniform number."""
+def draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw one token (R,) from probabilities (R, V): where their running sum passes a number."""
     total = p.double().cumsum(-1)
-    u = 1 - torch.rand(
-        len(p), 1, generator=generator, dtype=torch.double, device=p.device
-    )  # in (0, 1]
-    return (total < u * total[:, -1:]).sum(-1)
+    u = 1 - torch.rand(len(p), 1, generator=generator, dtype=torch.double, device=p.device)
+    return (total < u * total[:, -1:]).sum(-1)  # u in (0, 1]
 
 
-def accept(p, q, drafts, generator):
-    """How many drafts (R, m) of distributions q (R, m, V) stand, and the token after them, each (R,).
+def accept(p: Tensor, q: Tensor, drafts: Tensor, generator) -> tuple[Tensor, Tensor]:
+    """Return how many drafts (R, m), drawn from q (R, m, V), are accepted, and the next token.
 
-    What comes out is distributed as p (R, m + 1, V), the model's own, by rejection (arXiv 2211.17192, appendix A.1).
+    The accepted drafts and the token after them are distributed as p (R, m + 1, V), the model's
+    own probabilities, by rejection sampling (arXiv 2211.17192, appendix A.1). Both are (R,).
     """
-    chosen = [part.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for part in (p[:, :-1], q)]
-    stands = torch.rand(drafts.shape, generator=generator, device=p.device) * chosen[1] < chosen[0]
-    count = stands.cumprod(1).sum(1)
+    p_of_draft = p[:, :-1].gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+    q_of_draft = q.gather(-1, drafts.unsqueeze(-1)).squeeze(-1)
+    u = torch.rand(drafts.shape, generator=generator, device=p.device)
+    accepted = u * q_of_draft < p_of_draft
+    count = accepted.cumprod(1).sum(1)
     row = torch.arange(len(p), device=p.device)
-    rest = (p[row, count] - F.pad(q, (0, 0, 0, 1))[row, count]).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[row, count])  # 0 only by rounding
-    return count, draw(rest, generator)
+    p_next = p[row, count]
+    remainder = (p_next - F.pad(q, (0, 0, 0, 1))[row, count]).clamp(min=0)
+    remainder = torch.where(remainder.sum(-1, keepdim=True) > 0, remainder, p_next)  # 0: rounding
+    return count, draw(remainder, generator)
 
 
 # -----------------------------------------------------------------------------
 # passes
 
 
-def pass_block(block, x, where):
-    return block(x, where)
-
-
-def pass_loop(loop, s, e, i, where):
-    return loop.step(s, e, i, where)
+def one_loop(loop: Loop, s: Tensor, e: Tensor, i: Tensor, ctx: Context) -> Tensor:
+    return loop.step(s, e, i, ctx)
 
 
 @functools.cache
-def compiled(function):
-    """One graph for all blocks, slots and loops; another shape is another one. On a GPU replayed as a CUDA graph."""
-    return torch.compile(function, fullgraph=True, dynamic=False, mode="reduce-overhead")
+def compiled_loop() -> Callable:
+    """Return one_loop compiled: a graph for all blocks, slots and loops, per shape of its input.
+
+    On a GPU it is replayed as a CUDA graph.
+    """
+    return torch.compile(one_loop, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
 
 class Decoder:
-    """The passes of a model over a cache, cut open around the last looped group, where exits and drafts are."""
+    """The passes of a model over a cache, split at the last looped group: there exits happen."""
 
     def __init__(
-        self, model, cache, n_loop=None, exit_rule=None, min_loops=1, warm_start=False, shapes=()
+        self,
+        model: GPT,
+        cache: Cache,
+        n_loop: int | tuple | None = None,
+        exit_rule: ExitRule | None = None,
+        min_loops: int = 1,
+        warm_start: bool = False,
+        shapes: set | tuple = (),
     ):
-        """exit_rule: of make_exit, asked from min_loops on. warm_start: a token's first state is the last one of the
-        token before it. shapes: (R, T) of the passes that are compiled."""
-        self.model, self.cache, self.rule, self.min_loops, self.shapes = (
-            model,
-            cache,
-            exit_rule,
-            min_loops,
-            shapes,
-        )
-        self.schedule = model.schedule(n_loop)
-        looped = [number for number, (_, count) in enumerate(self.schedule) if count]
-        self.last = looped[-1] if looped else len(self.schedule)
-        (self.loop, (self.n,)) = self.schedule[self.last] if looped else (None, (0,))
-        most, like = max((*model.config.counts(n_loop), 1)), model.lm_head.weight
-        self.index = torch.arange(most, device=like.device).split(
-            1
-        )  # of each loop; an int would be compiled in
-        self.warm = (
-            like.new_zeros(len(cache.lengths), 1, model.config.n_embd) if warm_start else None
-        )
-        pooling = isinstance(exit_rule, GateExit) and model.config.exit_gate == "mean_state"
-        self.sums = (
-            like.new_zeros(self.n, len(cache.lengths), 1, model.config.n_embd) if pooling else None
-        )
+        """exit_rule: from make_exit, obeyed from min_loops on. shapes: (R, T) that are compiled.
 
-    def enter(self, idx, rows, seen=None):
-        """What enters the loop, its first state, where: of tokens idx (R, T) of rows (R,), seen (R,) before them."""
-        self.cache.point(rows, seen)
-        x, where = self.model.embed(idx, self.cache)
-        x = self.through(range(self.last), x, where)
-        return (*self.begin(self.loop, x, where), where) if self.loop else (x, x, where)
+        warm_start: a token's first state is the last one of the token before it.
+        """
+        self.model, self.cache = model, cache
+        self.rule, self.min_loops, self.shapes = exit_rule, min_loops, shapes
+        before, stage, after = model.split(n_loop)
+        self.stages = [*before, stage, *after]
+        self.split = len(before)  # the number of the stage where exits happen
+        self.loop, self.n = stage.loop, stage.n
+        self.n_used = stage.n if stage.looped else 0  # loops of a token that does not stop early
+        rows, C, weight = len(cache.lengths), model.config.n_embd, model.lm_head.weight
+        deepest = max(stage.n for stage in self.stages)
+        self.index = torch.arange(deepest, device=weight.device).split(1)  # an int is compiled in
+        self.warm = weight.new_zeros(rows, 1, C) if warm_start else None
+        averages = isinstance(exit_rule, GateExit) and model.config.exit_gate == "mean_state"
+        self.state_sums = weight.new_zeros(self.n, rows, 1, C) if averages else None
 
-    def leave(self, s, where):
-        """The last hidden states, which the head reads, of states s (R, T, C)."""
-        s = self.loop.exit(s) if self.loop else s
-        return self.model.transformer.ln_f(
-            self.through(range(self.last + 1, len(self.schedule)), s, where)
-        )
+    def enter(self, idx: Tensor, rows: Tensor, seen: Tensor | None = None):
+        """Run tokens idx (R, T) of rows (R,) up to the loop: return e, the first state, Context."""
+        x, ctx = self.model.embed(idx, self.cache.open(idx.size(1), rows, seen))
+        x = self.run_stages(range(self.split), x, ctx)
+        e, s = self.loop.begin(x, ctx, self.n)
+        return e, s, ctx
 
-    def begin(self, loop, x, where):
-        e = loop.entry(x)
-        return e, loop.init_state(e, where)
+    def leave(self, s: Tensor, ctx: Context) -> Tensor:
+        """Return the last hidden states (R, T, C), which the head reads, of states s (R, T, C)."""
+        x = self.run_stages(range(self.split + 1, len(self.stages)), self.loop.exit(s), ctx)
+        return self.model.transformer.ln_f(x)
 
-    def through(self, numbers, x, where):
-        """x (R, T, C) after the stages of the schedule with these numbers."""
+    def run_stages(self, numbers: range, x: Tensor, ctx: Context) -> Tensor:
+        """Return x (R, T, C) after the stages of these numbers."""
         for number in numbers:
-            stage, count = self.schedule[number]
-            if count:
-                e, s = self.begin(stage, x, where)
-                x = stage.exit(self.loops(range(*count), s, e, where, number))
-            else:
-                self.cache.open(self.cache.groups[number].turn, 1)
-                x = self.way(pass_block, x)(stage, x, where)
+            loop, n, _ = self.stages[number]
+            e, s = loop.begin(x, ctx, n)
+            x = loop.exit(self.run_loops(range(n), s, e, ctx, number))
         return x
 
-    def loops(self, loops, s, e, where, number=None):
-        """The state after these loops of a stage, the last group by default."""
-        number = self.last if number is None else number
+    def run_loops(self, loops: range, s: Tensor, e: Tensor, ctx: Context, number=None) -> Tensor:
+        """Return the state after these loops of a stage, by default of the one where exits are."""
+        number = self.split if number is None else number
+        compiled = tuple(s.shape[:2]) in self.shapes
+        step = compiled_loop() if compiled else one_loop
         for i in loops:
-            stage, turn = self.schedule[number][0], self.cache.groups[number].turn
-            self.cache.open(turn + i * len(stage.blocks), len(stage.blocks))
-            s = self.way(pass_loop, s)(stage, s, e, self.index[i], where)
+            slots = self.cache.stages[number].of_loop(i)
+            step_ctx = ctx._replace(cache=ctx.cache.with_slots(slots))
+            s = step(self.stages[number].loop, s, e, self.index[i], step_ctx)
         return s
 
-    def way(self, function, x):
-        return compiled(function) if tuple(x.shape[:2]) in self.shapes else function
+    def prefill(self, idx: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
+        """Run the prompts idx (R, T), of lengths (R,), of rows (R,) at full depth.
 
-    def adaptive(self, s, e, where):
-        """The state (R, 1, C) at which the rule stops each row, and after how many loops (R,)."""
-        rows, carry, whole = torch.arange(len(s), device=s.device), self.rule.start(s), (e, where)
-        gone, final, used = [], [], []
-        for i in range(self.n):
-            s = self.loops([i], s, e, where)
-            going, carry = self.going(i, carry, s, where)
-            if going.all():
-                continue
-            gone.append(rows[~going])
-            final.append(s[~going])
-            used.append(torch.full_like(gone[-1], i + 1))
-            self.cache.select(gone[-1])
-            if self.sums is not None:
-                self.sums[i + 1 :, self.cache.row[:, 0]] += final[-1]
-            self.cache.stand_in(self.cache.groups[self.last], i)
-            rows = rows[going]
-            self.cache.select(rows)
-            if not len(rows):
-                break
-            s, e, where, carry = (
-                s[going],
-                whole[0][rows],
-                rows_of(whole[1], rows),
-                [part[going] for part in carry],
-            )
-        self.cache.select(None)
-        order = torch.cat(gone).argsort()
-        return torch.cat(final)[order], torch.cat(used)[order].cpu()
-
-    def going(self, i, carry, s, where):
-        """Which rows (R,) are not done after loop i, and what the rule carries on."""
-        every, pooled = torch.ones(len(s), dtype=torch.bool, device=s.device), self.pooled(i, s)
-        if i + 1 == self.n:
-            return ~every, carry
-        done, carry = self.rule.done(carry, pooled, lambda: self.model.logits(self.leave(s, where)))
-        return every if i + 1 < self.min_loops else ~done[:, 0], carry
-
-    def pooled(self, i, s):
-        """States s (R, 1, C) after loop i, or where the gate asks for it their mean with those of the tokens before,
-        each after as many loops or its last one."""
-        if self.sums is None:
-            return s
-        rows = self.cache.row[:, 0]
-        self.sums[i, rows] += s
-        return self.sums[i, rows] / (self.cache.place + 1).unsqueeze(-1)
-
-    def prefill(self, idx, rows, lengths):
-        """The last hidden state (R, 1, C) of each of rows (R,), prompts idx (R, T) of lengths (R,), at full depth."""
-        e, s, where = self.enter(idx, rows)
+        Returns the last hidden state (R, 1, C) of each.
+        """
+        e, s, ctx = self.enter(idx, rows)
         last = (lengths - 1 + self.cache.offset).to(s.device)
-        real = torch.arange(s.size(1), device=s.device) <= last.unsqueeze(1)  # (R, T)
+        is_token = torch.arange(s.size(1), device=s.device) <= last.unsqueeze(1)  # not padding
         for i in range(self.n):
-            s = self.loops([i], s, e, where)
-            if self.sums is not None:
-                self.sums[i, rows] = (s * real.unsqueeze(-1)).sum(1, keepdim=True)
-        hidden = self.leave(s, where)
-        self.cache.advance(lengths)
+            s = self.run_loops(range(i, i + 1), s, e, ctx)
+            if self.state_sums is not None:
+                self.state_sums[i, rows] = (s * is_token.unsqueeze(-1)).sum(1, keepdim=True)
+        hidden = self.leave(s, ctx)
+        self.cache.close(ctx.cache, lengths)
         row = torch.arange(len(s), device=s.device)
         if self.warm is not None:
             self.warm[rows] = s[row, last].unsqueeze(1).to(self.warm.dtype)
         return hidden[row, last].unsqueeze(1)
 
-    def step(self, token, rows):
-        """The last hidden state (R, 1, C) of one more token (R, 1) of each row, and the loops that it took, (R,)."""
-        e, s, where = self.enter(token, rows)
-        s = s if self.warm is None else self.warm[rows]
+    def step(self, token: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Run one more token (R, 1) of each row.
+
+        Returns its last hidden state (R, 1, C) and the loops that it took, (R,).
+        """
+        e, s, ctx = self.enter(token, rows)
+        if self.warm is not None:
+            s = self.warm[rows]
         if self.rule:
-            s, used = self.adaptive(s, e, where)
+            s, used = self.loop_until_exit(s, e, ctx)
         else:
-            s, used = self.loops(range(self.n), s, e, where), torch.full((len(s),), self.n)
+            s = self.run_loops(range(self.n), s, e, ctx)
+            used = torch.full((len(s),), self.n_used)
         if self.warm is not None:
             self.warm[rows] = s.to(self.warm.dtype)
-        hidden = self.leave(s, where)
-        self.cache.advance(1)
+        hidden = self.leave(s, ctx)
+        self.cache.close(ctx.cache, 1)
         return hidden, used
 
-    def draft(self, token, rows, count, n_draft, guess):
-        """Draft count tokens behind token (R, 1) with n_draft loops, then go on from their states and cache to all.
+    def loop_until_exit(self, s: Tensor, e: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Return the state (R, 1, C) at which the rule stops each row, and its loops (R,)."""
+        all_e, all_ctx = e, ctx
+        looping = torch.arange(len(s), device=s.device)  # rows that have not stopped
+        carry = self.rule.start(s)
+        rows, states, loops = [], [], []  # of those that have
+        for i in range(self.n):
+            s = self.run_loops(range(i, i + 1), s, e, ctx)
+            stops, carry = self.asks_to_stop(i, carry, s, ctx)
+            if not stops.any():
+                continue
+            rows.append(looping[stops])
+            states.append(s[stops])
+            loops.append(torch.full_like(rows[-1], i + 1))
+            self.record_exit(i, states[-1], all_ctx.cache.of_rows(rows[-1]))
+            looping = looping[~stops]
+            if len(looping) == 0:
+                break
+            s, e, carry = s[~stops], all_e[looping], [part[~stops] for part in carry]
+            ctx = all_ctx.rows(looping)._replace(cache=all_ctx.cache.of_rows(looping))
+        order = torch.cat(rows).argsort()
+        return torch.cat(states)[order], torch.cat(loops)[order].cpu()
 
-        guess(hidden (R, 1, C), drafts so far) -> (tokens (R,), q (R, 1, V)). Returns the last hidden states of both,
-        (R, count + 1, C), the drafts (R, count) and their distributions (R, count, V).
+    def asks_to_stop(self, i: int, carry: tuple, s: Tensor, ctx: Context) -> tuple[Tensor, tuple]:
+        """Return which rows (R,) stop after loop i, and what the rule carries on."""
+        if self.state_sums is not None:
+            s = self.mean_states(i, s, ctx)
+        if i + 1 == self.n:
+            return torch.ones(len(s), dtype=torch.bool, device=s.device), carry
+
+        def logits() -> Tensor:
+            return self.model.logits(self.leave(s, ctx))
+
+        measure, carry = self.rule.measure(carry, s, logits)
+        stops = self.rule.reached(measure)[:, 0]
+        return stops if i + 1 >= self.min_loops else torch.zeros_like(stops), carry
+
+    def mean_states(self, i: int, s: Tensor, ctx: Context) -> Tensor:
+        """Return the mean state after loop i of each row's tokens so far; s (R, 1, C): of the last.
+
+        Tokens that stopped earlier count by their last state.
         """
-        seen, chunk, states, q = self.cache.lengths[rows], token, [], []
-        for j in range(count + 1):
-            e, s, where = self.enter(chunk[:, -1:], rows, seen + j)
-            s = self.loops(range(n_draft), s, e, where)
-            states.append((s, e))
-            if j < count:
-                new, p = guess(self.leave(s, where), chunk[:, 1:])
-                chunk, q = torch.cat((chunk, new.unsqueeze(1)), 1), [*q, p]
-        self.cache.point(rows, seen)
-        where = self.model.embed(chunk, self.cache)[1]
-        s, e = (torch.cat(parts, 1) for parts in zip(*states))
-        s = self.loops(range(n_draft, self.n), s, e, where)
-        return self.leave(s, where), chunk[:, 1:], torch.cat(q, 1)
+        rows = ctx.cache.rows[:, 0]
+        self.state_sums[i, rows] += s
+        return self.state_sums[i, rows] / (ctx.cache.cells + 1).unsqueeze(-1)
 
-    def heads(self, token, rows, count, hidden, guess):
-        """As draft, in one pass: the heads further ahead draft from hidden (R, 1, C), which gave the token."""
+    def record_exit(self, i: int, s: Tensor, cache_pass: Pass) -> None:
+        """Let deeper loops of later tokens read what tokens that stop after loop i have there."""
+        if self.state_sums is not None:
+            self.state_sums[i + 1 :, cache_pass.rows[:, 0]] += s
+        self.cache.stages[self.split].copy_to_deeper(i, cache_pass)
+
+    def draft(self, token: Tensor, rows: Tensor, count: int, n_draft: int, guess: Callable):
+        """Draft count tokens behind token (R, 1) with n_draft loops, then verify at full depth.
+
+        Full depth continues from the drafts' states and cache. guess(hidden (R, 1, C), drafts so
+        far) -> (tokens (R,), q (R, 1, V)). Returns the last hidden states at full depth (R, count +
+        1, C), the drafts (R, count) and their probabilities (R, count, V).
+        """
+        seen, chunk, states, inputs, q = self.cache.lengths[rows], token, [], [], []
+        for j in range(count + 1):
+            e, s, ctx = self.enter(chunk[:, -1:], rows, seen + j)
+            s = self.run_loops(range(n_draft), s, e, ctx)
+            states.append(s)
+            inputs.append(e)
+            if j < count:
+                new, p = guess(self.leave(s, ctx), chunk[:, 1:])
+                chunk = torch.cat((chunk, new.unsqueeze(1)), 1)
+                q.append(p)
+        _, ctx = self.model.embed(chunk, self.cache.open(count + 1, rows, seen))
+        s, e = torch.cat(states, 1), torch.cat(inputs, 1)
+        s = self.run_loops(range(n_draft, self.n), s, e, ctx)
+        return self.leave(s, ctx), chunk[:, 1:], torch.cat(q, 1)
+
+    def draft_by_heads(self, token: Tensor, rows: Tensor, count: int, hidden: Tensor, guess):
+        """Draft as draft() does, in one pass: the model's heads further ahead read hidden.
+
+        hidden: (R, 1, C), which the token was drawn from.
+        """
         chunk, q = token, []
         for head in self.model.ahead[:count]:
             new, p = guess(head(hidden), chunk[:, 1:])
-            chunk, q = torch.cat((chunk, new.unsqueeze(1)), 1), [*q, p]
-        e, s, where = self.enter(chunk, rows)
-        s = self.loops(range(self.n), s, e, where)
-        return self.leave(s, where), chunk[:, 1:], torch.cat(q, 1)
+            chunk = torch.cat((chunk, new.unsqueeze(1)), 1)
+            q.append(p)
+        e, s, ctx = self.enter(chunk, rows)
+        s = self.run_loops(range(self.n), s, e, ctx)
+        return self.leave(s, ctx), chunk[:, 1:], torch.cat(q, 1)
 
-    def slide(self, rows, tokens, lengths, step):
-        """Windows that are full move on by step tokens: what stays in them is computed anew, at its new positions."""
-        full, keep = (
-            rows[self.cache.lengths[rows] == self.model.block_size],
-            self.model.block_size - step,
-        )
+    def slide(self, rows: Tensor, tokens: Tensor, lengths: Tensor, step: int) -> None:
+        """Move full windows on by step tokens; the rest is computed anew, at its new positions."""
+        full = rows[self.cache.lengths[rows] == self.model.block_size]
+        stays = self.model.block_size - step
         self.cache.lengths[full] = 0
-        if self.sums is not None:
-            self.sums[:, full] = 0
-        if len(full) and keep:
-            place = lengths[full].unsqueeze(1) - 1 - keep + torch.arange(keep)
-            self.prefill(tokens[full.unsqueeze(1), place], full, torch.full((len(full),), keep))
+        if len(full) and stays:
+            place = lengths[full].unsqueeze(1) - 1 - stays + torch.arange(stays)
+            self.prefill(tokens[full.unsqueeze(1), place], full, torch.full((len(full),), stays))
 
 
 # -----------------------------------------------------------------------------
@@ -477,44 +513,47 @@ class Decoder:
 
 
 class Text:
-    """The tokens of all rows so far, and how the next are drawn."""
+    """The tokens of all rows so far, and how the next ones are drawn. Counts are on the CPU."""
 
-    def __init__(self, idx, lengths, max_new_tokens, sampling, generator, watch, width):
+    def __init__(self, idx, lengths, max_new_tokens, sampling, generator, watch, vocab_size):
         self.tokens = F.pad(idx, (0, max_new_tokens), value=-1)
         self.tokens[torch.arange(self.tokens.size(1)) >= lengths.unsqueeze(1)] = -1
-        self.starts, self.lengths, self.ends = (
-            lengths,
-            lengths.clone(),
-            lengths + max_new_tokens,
-        )  # (B,), on the CPU
+        self.starts = lengths  # (B,)
+        self.lengths = lengths.clone()
+        self.ends = lengths + max_new_tokens
         self.used = torch.zeros(len(idx), max_new_tokens, dtype=torch.long)
-        self.sampling, self.generator, self.watch, self.seen = sampling, generator, watch, None
+        self.sampling, self.generator, self.watch = sampling, generator, watch
         self.drafted = self.accepted = 0
+        self.occurred = None  # (B, V), where the repetition penalty asks for it
         if sampling.repetition_penalty != 1:
-            real = torch.where(self.tokens < 0, self.tokens[:, :1], self.tokens)
-            self.seen = torch.zeros(len(idx), width, dtype=torch.bool, device=idx.device).scatter(
-                1, real, True
-            )
+            known = torch.where(self.tokens < 0, self.tokens[:, :1], self.tokens)
+            shape = (len(idx), vocab_size)
+            self.occurred = torch.zeros(shape, dtype=torch.bool, device=idx.device)
+            self.occurred.scatter_(1, known, True)
 
-    def unfinished(self):
+    def unfinished(self) -> Tensor:
+        """Return the numbers of the rows that want more tokens."""
         return (self.lengths < self.ends).nonzero().squeeze(1)
 
-    def newest(self, rows):
+    def newest(self, rows: Tensor) -> Tensor:
+        """Return the last token (R, 1) of each row."""
         return self.tokens[rows, self.lengths[rows] - 1].unsqueeze(1)
 
-    def probabilities(self, logits, rows, drafts):
-        """(R, T, V) of logits (R, T, V), the last behind all drafts (R, m), each before it behind one less."""
-        seen = self.seen
-        if seen is not None:
-            more = F.one_hot(drafts, seen.size(1)).cumsum(1).bool()
-            seen = (seen[rows].unsqueeze(1) | F.pad(more, (0, 0, 1, 0)))[
-                :, -logits.size(1) :, : logits.size(-1)
-            ]
-            seen = seen[..., : self.sampling.vocab_size]
-        return self.sampling.probabilities(logits, seen)
+    def probabilities(self, logits: Tensor, rows: Tensor, drafts: Tensor) -> Tensor:
+        """Return (R, T, V) of logits (R, T, V), the last behind all drafts (R, m), and so on."""
+        if self.occurred is None:
+            return self.sampling.probabilities(logits, None)
+        V, T = logits.size(-1), logits.size(1)
+        in_drafts = F.one_hot(drafts, self.occurred.size(1)).cumsum(1).bool()
+        occurred = self.occurred[rows].unsqueeze(1) | F.pad(in_drafts, (0, 0, 1, 0))
+        occurred = occurred[:, -T:, :V][..., : self.sampling.vocab_size]
+        return self.sampling.probabilities(logits, occurred)
 
-    def append(self, rows, new, counts, used):
-        """The first counts (R,) of tokens new (R, m) to rows (R,), each after used (R,) loops, as far as they fit."""
+    def append(self, rows: Tensor, new: Tensor, counts: Tensor, used: Tensor) -> None:
+        """Append the first counts (R,) of tokens new (R, m), as far as they fit, to rows (R,).
+
+        used: (R,), loops that each row's tokens took.
+        """
         counts = torch.minimum(counts, self.ends[rows] - self.lengths[rows])
         if self.watch:
             counts = self.show(rows, new.tolist(), counts, used)
@@ -524,11 +563,11 @@ class Text:
         self.tokens[rows[row], place] = new[row, number]
         self.used[rows[row], place - self.starts[rows[row]]] = used[row]
         self.lengths[rows] += counts
-        if self.seen is not None:
-            self.seen[rows[row], new[row, number]] = True
+        if self.occurred is not None:
+            self.occurred[rows[row], new[row, number]] = True
 
-    def show(self, rows, new, counts, used):
-        """Hand each token to watch(row, token, loops); how many (R,) until it says True, which ends the row."""
+    def show(self, rows: Tensor, new: list, counts: Tensor, used: Tensor) -> Tensor:
+        """Hand each token to watch(row, token, loops); True ends the row there. Return counts."""
         for number, row in enumerate(rows.tolist()):
             for j, token in enumerate(new[number][: counts[number]], 1):
                 if self.watch(row, token, int(used[number])):
@@ -539,148 +578,185 @@ class Text:
 
 @torch.no_grad()
 def generate(
-    model,
-    idx,
-    max_new_tokens,
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
     *,
-    n_loop=None,
-    lengths=None,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    min_p=None,
-    repetition_penalty=1.0,
-    vocab_size=None,
-    generator=None,
-    slots="full",
-    n_slot=1,
-    slide=0,
-    exit_rule=None,
-    min_loops=1,
-    warm_start=False,
-    draft_tokens=0,
-    draft_loops=0,
-    static=False,
-    watch=None,
-):
-    """Continue the prompts idx (B, T), int64, by max_new_tokens tokens each, in a batch as if each were alone.
+    n_loop: int | tuple | None = None,
+    lengths: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    vocab_size: int | None = None,
+    generator: torch.Generator | None = None,
+    slots: str = "full",
+    n_slot: int = 1,
+    slide: int = 0,
+    exit_rule: ExitRule | None = None,
+    min_loops: int = 1,
+    warm_start: bool = False,
+    draft_tokens: int = 0,
+    draft_loops: int = 0,
+    static: bool = False,
+    watch: Callable | None = None,
+) -> tuple[Tensor, dict]:
+    """Continue the prompts idx (B, T), int64, by max_new_tokens tokens each.
 
-    n_loop: loops of the model, an int, one per group, or None (the config's). lengths (B,): of the prompts, where
-    padding follows them. temperature to vocab_size: see Sampling; generator: a torch.Generator on the model's device.
-    slots, n_slot: what loops share in the cache (SLOTS); the tokens of a prompt see each other in full.
-    slide: by how many tokens a full window of block_size moves on, to be computed anew; 1: nanoGPT's cropping, slow;
-    0: a quarter. exit_rule, from make_exit: ends the loops of each token but the prompt's, from min_loops on; deeper
-    loops of later tokens read the deepest keys and values it has. warm_start: states start from the last token's.
-    draft_tokens are drafted in each round with draft_loops loops, 0: by the model's heads further ahead; output is
-    distributed as without, at temperature 0 the same. static: decoding is compiled, once for any number of loops.
-    watch(row, token, loops): called with each new token, True ends the row.
-    Returns (tokens (B, T + max_new_tokens), -1 behind the end of a row, stats): loops of each group, loops_used (B,
-    max_new_tokens) of the last group for each new token, lengths (B,), cache_bytes_per_token, drafted and accepted.
+    Rows of a batch are continued as if each were alone.
+    n_loop: loops of the model, an int, one per group, or None (the config's).
+    lengths: (B,), of the prompts, where padding follows them.
+    temperature to vocab_size: see Sampling. generator: a torch.Generator on the model's device.
+    slots, n_slot: which loops share cells of the cache (SLOTS); tokens of a prompt see all loops.
+    slide: tokens by which a full window of block_size moves on; what stays is computed anew.
+        1: nanoGPT's cropping, slow; 0: a quarter of the window.
+    exit_rule: from make_exit; ends the loops of each new token, from min_loops on. Deeper loops of
+        later tokens read the deepest keys and values that it has.
+    warm_start: a token's first state is the last token's last state.
+    draft_tokens: tokens drafted in each round with draft_loops loops, 0: by the model's heads
+        further ahead. Output is distributed as without; at temperature 0 it is the same.
+    static: compile decoding, once for any number of loops.
+    watch(row, token, loops): called with each new token; True ends the row.
+    Returns tokens (B, T + max_new_tokens), -1 behind the end of a row, and stats: loops of each
+    group, loops_used (B, max_new_tokens) of the last group for each new token, lengths (B,),
+    cache_bytes_per_token, drafted and accepted. ValueError for options that cannot be.
     """
-    lengths = (
-        torch.full((len(idx),), idx.size(1)) if lengths is None else torch.as_tensor(lengths).cpu()
-    )
+    if lengths is None:
+        lengths = torch.full((len(idx),), idx.size(1))
+    lengths = torch.as_tensor(lengths).cpu()
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, vocab_size)
-    check_sampling(sampling)
+    sampling.check()
     check_slots(model.config, n_loop, slots, n_slot)
     check_prompt(model, idx, lengths, max_new_tokens, slide)
-    deepest = (0, *model.config.counts(n_loop))[-1]
-    check_loops(model, deepest, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slots)
+    check_exits(model, lengths, max_new_tokens, n_loop, exit_rule, min_loops, warm_start)
+    check_drafts(model, n_loop, draft_tokens, draft_loops, exit_rule or warm_start, slots)
     size = None if static else idx.size(1) + max_new_tokens + draft_tokens
-    cache = Cache(
-        model, len(idx), n_loop, slots, n_slot, size, autocast_dtype(idx.device.type), static
-    )
+    dtype = autocast_dtype(idx.device.type)
+    cache = Cache(model, len(idx), n_loop, slots, n_slot, size, dtype, static)
     shapes = {(len(idx), 1), (len(idx), draft_tokens + 1)} if static else ()
     decoder = Decoder(model, cache, n_loop, exit_rule, min_loops, warm_start, shapes)
-    text = Text(idx, lengths, max_new_tokens, sampling, generator, watch, model.config.vocab_size)
-    stats = {"loops": model.config.counts(n_loop), "cache_bytes_per_token": cache.bytes_per_token()}
-    stats |= {"loops_used": text.used, "lengths": text.lengths}
+    ids = model.config.vocab_size
+    text = Text(idx, lengths, max_new_tokens, sampling, generator, watch, ids)
     rows = text.unfinished()
     if len(rows):
         hidden = decoder.prefill(idx.clamp(min=0), rows, lengths)
         p = text.probabilities(model.logits(hidden), rows, idx[:, :0])
         new = draw(p[:, 0], generator).unsqueeze(1)
-        text.append(rows, new, torch.ones_like(rows), torch.full_like(rows, decoder.n))
+        text.append(rows, new, torch.ones_like(rows), torch.full_like(rows, decoder.n_used))
     while len(rows := text.unfinished()):
         decoder.slide(rows, text.tokens, text.lengths, slide or max(1, model.block_size // 4))
         hidden[rows] = one_round(decoder, text, rows, hidden[rows], draft_tokens, draft_loops)
-    return text.tokens, stats | {"drafted": text.drafted, "accepted": text.accepted}
+    return text.tokens, {
+        "loops": model.config.counts(n_loop),
+        "cache_bytes_per_token": cache.bytes_per_token(),
+        "loops_used": text.used,
+        "lengths": text.lengths,
+        "drafted": text.drafted,
+        "accepted": text.accepted,
+    }
 
 
-def one_round(decoder, text, rows, hidden, draft_tokens, draft_loops):
-    """Run each row's newest token and drafts behind it. hidden (R, 1, C), also returned: what the newest came from."""
+def one_round(
+    decoder: Decoder,
+    text: Text,
+    rows: Tensor,
+    hidden: Tensor,
+    draft_tokens: int,
+    draft_loops: int,
+) -> Tensor:
+    """Run each row's newest token, and drafts behind it, and append what follows.
+
+    hidden (R, 1, C): the last hidden state that the newest token was drawn from. Returns the one
+    that the next token was drawn from.
+    """
     if decoder.shapes:
-        torch.compiler.cudagraph_mark_step_begin()  # what compiled passes gave before may be overwritten
+        torch.compiler.cudagraph_mark_step_begin()  # earlier results may be overwritten now
     model, cache, token = decoder.model, decoder.cache, text.newest(rows)
     room = min(
         model.block_size - int(cache.lengths[rows].max()),
         int((text.ends - text.lengths)[rows].max()),
     )
     count = min(draft_tokens, room - 1)
-    if not count:
+    if count == 0:
         hidden, used = decoder.step(token, rows)
         p = text.probabilities(model.logits(hidden), rows, token[:, :0])
-        text.append(rows, draw(p[:, 0], text.generator).unsqueeze(1), torch.ones_like(rows), used)
+        new = draw(p[:, 0], text.generator).unsqueeze(1)
+        text.append(rows, new, torch.ones_like(rows), used)
         return hidden
 
-    def guess(hidden, drafts):
+    def guess(hidden: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
         q = text.probabilities(model.logits(hidden), rows, drafts)
         return draw(q[:, 0], text.generator), q
 
-    way = (decoder.draft, draft_loops) if draft_loops else (decoder.heads, hidden)
-    hidden, drafts, q = way[0](token, rows, count, way[1], guess)
+    if draft_loops:
+        hidden, drafts, q = decoder.draft(token, rows, count, draft_loops, guess)
+    else:
+        hidden, drafts, q = decoder.draft_by_heads(token, rows, count, hidden, guess)
     p = text.probabilities(model.logits(hidden), rows, drafts)
-    stand, last = accept(p, q, drafts, text.generator)
-    row = torch.arange(len(rows), device=last.device)
+    accepted, following = accept(p, q, drafts, text.generator)
+    row = torch.arange(len(rows), device=following.device)
     new = F.pad(drafts, (0, 1))
-    new[row, stand] = last
-    cache.lengths[rows] += stand.cpu() + 1
-    text.append(rows, new, stand.cpu() + 1, torch.full((len(rows),), decoder.n))
-    text.drafted, text.accepted = text.drafted + drafts.numel(), text.accepted + int(stand.sum())
-    return hidden[row, stand].unsqueeze(1)
+    new[row, accepted] = following
+    n_new = accepted.cpu() + 1
+    cache.lengths[rows] += n_new
+    text.append(rows, new, n_new, torch.full((len(rows),), decoder.n_used))
+    text.drafted += drafts.numel()
+    text.accepted += int(accepted.sum())
+    return hidden[row, accepted].unsqueeze(1)
 
 
-def autocast_dtype(kind):
-    """What linear layers return on this kind of device, None where it is what they hold."""
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return the dtype of linear layers' outputs under autocast, None where it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
-def check_prompt(model, idx, lengths, max_new_tokens, slide):
-    """ValueError for a prompt or a window that cannot be."""
-    if (
-        len(lengths) != len(idx)
-        or not idx.size(1)
-        or not 1 <= lengths.min() <= lengths.max() <= idx.size(1)
-    ):
-        raise ValueError(
-            "the prompt is empty, or lengths do not fit: one for each row, from 1 to its columns"
-        )
+def check_prompt(model: GPT, idx: Tensor, lengths: Tensor, max_new_tokens: int, slide: int) -> None:
+    """Raise ValueError for a prompt or a window that cannot be."""
+    T, most = idx.size(1), max(1, model.block_size - 1)
+    if len(lengths) != len(idx) or T == 0 or not 1 <= lengths.min() <= lengths.max() <= T:
+        fits = "lengths do not fit: one for each row, from 1 to its columns"
+        raise ValueError(f"the prompt is empty, or {fits}")
     if lengths.max() > model.block_size:
-        raise ValueError(
-            f"a prompt of {lengths.max()} tokens is longer than the window, block_size={model.block_size}"
-        )
+        window = f"the window, block_size={model.block_size}"
+        raise ValueError(f"a prompt of {lengths.max()} tokens is longer than {window}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
-    if not 0 <= slide <= max(1, model.block_size - 1):
-        raise ValueError(f"slide={slide}: must be from 0 to {max(1, model.block_size - 1)}")
+    if not 0 <= slide <= most:
+        raise ValueError(f"slide={slide}: must be from 0 to {most}")
 
 
-def check_loops(model, n, exit_rule, min_loops, warm_start, draft_tokens, draft_loops, slots):
-    """ValueError for ways to decode that a model of n loops cannot go, or not together."""
-    if not n and (exit_rule or warm_start or draft_loops):
-        raise ValueError(
-            "exit_rule, warm_start and draft_loops need a model in which something is looped"
-        )
-    if n and not (1 <= min_loops <= n and 0 <= draft_loops <= n):
-        raise ValueError(
-            f"min_loops={min_loops}, draft_loops={draft_loops}: must be from 1 and 0 to the {n} loops"
-        )
+def check_exits(
+    model: GPT, lengths: Tensor, max_new_tokens: int, n_loop, exit_rule, min_loops: int, warm_start
+) -> None:
+    """Raise ValueError for exits or warm starts that a model cannot make."""
+    counts = model.config.counts(n_loop)
+    if not counts and (exit_rule or warm_start):
+        raise ValueError("exit_rule and warm_start need a model in which something is looped")
+    if counts and not 1 <= min_loops <= counts[-1]:
+        raise ValueError(f"min_loops={min_loops}: must be from 1 to the {counts[-1]} loops")
+    averages = isinstance(exit_rule, GateExit) and model.config.exit_gate == "mean_state"
+    if averages and lengths.max() + max_new_tokens > model.block_size + 1:
+        window = f"block_size={model.block_size}, beyond which its mean cannot be kept"
+        raise ValueError(f"exit_gate=mean_state: prompt and new tokens must fit into {window}")
+
+
+def check_drafts(
+    model: GPT, n_loop, draft_tokens: int, draft_loops: int, exits: object, slots: str
+) -> None:
+    """Raise ValueError for drafts that a model cannot make or verify."""
+    counts = model.config.counts(n_loop)
+    if draft_loops and not counts:
+        raise ValueError("draft_loops needs a model in which something is looped")
+    if counts and not 0 <= draft_loops <= counts[-1]:
+        raise ValueError(f"draft_loops={draft_loops}: must be from 0 to the {counts[-1]} loops")
     if draft_tokens < 0:
         raise ValueError(f"draft_tokens={draft_tokens}: must be at least 0")
-    if draft_tokens and (exit_rule or warm_start or slots != "full"):
-        raise ValueError(
-            "draft_tokens: not with exit_rule, warm_start or slots other than full: drafts verify neither"
-        )
+    if draft_tokens and (exits or slots != "full"):
+        refused = "not with exit_rule, warm_start or slots other than full"
+        raise ValueError(f"draft_tokens: {refused}, which drafts cannot verify")
     if not draft_loops and draft_tokens > len(model.ahead):
-        heads = f"at most the {len(model.ahead)} heads further ahead"
-        raise ValueError(f"draft_tokens={draft_tokens}: {heads}, or draft_loops of at least 1")
+        most = f"at most the {len(model.ahead)} heads further ahead, or draft_loops of at least 1"
+        raise ValueError(f"draft_tokens={draft_tokens}: {most}")

@@ -1,995 +1,517 @@
 """
-The whole model: a GPT in which groups of blocks may be applied several times with the same weights.
+A GPT in which groups of blocks may be applied several times with the same weights.
 
-    forward:  embed -> stages -> readout             a stage is one block, or a looped group of blocks
-    group:    for i in range(n): s = step(s, e, i)   e: what enters the group, s: the state, i: the loop
+    forward:  embed -> stages -> readout             stage: a block, or a looped group of blocks
+    loop:     for i in range(n): s = step(s, e, i)   e: what enters the loop, s: its state
     step:     s = norm(blocks(inject(s, e) + index(i)))
 
-Prelude, core and coda are the stages before, in and after the loop. From top to bottom: the config, the parts of a
-block, the parts of a loop, the GPT. The config is read in __init__ alone; "off" is a module that does nothing.
-Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+Prelude, core and coda are the stages before, in and after the loop. The first half of this file is
+the model. The second half, below a double ruler, is a catalogue: the parts that options choose,
+TABLES that say which option is which part, and the checks of the config.
+
+The config is read in __init__ only, and an option that is off is a module that does nothing.
+Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
 
 import math
-from collections import deque
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-LEAST = dict.fromkeys(
-    "block_size vocab_size n_layer n_head n_embd n_loop max_loops max_shift n_ahead".split(), 1
-)
-LEAST |= dict.fromkeys(("mlp_scale", "rope_base", "embedding_scale", "label_shift_prob"), 1e-9)
-LEAST |= {"document_separator": -1}  # the least value of a number, where it is not 0
+from torch import Tensor
 
 
 @dataclass
 class GPTConfig:
-    """Every choice about the model. Raises ValueError with the field, its value and what is allowed."""
+    """Every choice about the model. ValueError names the field, its value and what is allowed."""
 
-    block_size: int = 1024  # longest context in tokens
-    vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64 for speed
-    n_layer: int = 12  # blocks of a plain GPT or under loop_groups; not read when n_block is set
-    n_head: int = 12
-    n_embd: int = 768  # width of the residual stream
-    dropout: float = 0.0  # 0 for pretraining, try 0.1 and more for small data
-    bias: bool = True  # in Linear and LayerNorm, as GPT-2 has it; False is a bit faster
-    norm: str = "layernorm"  # layernorm, rmsnorm, weightless (RMSNorm without a gain)
+    # shape
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50304  # GPT-2's 50257 ids, padded to a multiple of 64 for speed
+    n_layer: int = 12  # blocks of a plain GPT or under loop_groups; unused when n_block is set
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # channels of the residual stream
+    dropout: float = 0.0  # 0 for pretraining, 0.1 and more for small data
+    bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has them; False is a bit faster
+    norm: str = "layernorm"  # layernorm, rmsnorm, weightless (rmsnorm without a gain)
     position: str = "learned"  # learned, rope, none
-    attention: str = "mha"  # mha, mla (keys and values from one latent, arXiv 2405.04434)
+    attention: str = "mha"  # mha (multi-head), mla (keys and values from one latent vector)
     mlp: str = "gelu"  # gelu, gelu_tanh, relu2, swiglu
-    # their details; 0 for the usual
-    n_kv_head: int = 0  # heads of keys and values, each shared by several of queries; 0: n_head
-    head_size: int = 0  # 0: n_embd / n_head
-    n_latent: int = 0  # width of mla's latent; 0: n_embd / 2
-    n_hidden: int = 0  # width inside the MLP; 0: 4 n_embd
-    mlp_scale: float = 1.0  # of the activations (Parcae: 0.5)
-    qk_norm: str = "none"  # none, head (of each: Qwen3), width (of all: OLMo-2), rotated (each after rope: Parcae)
+    # which blocks are looped, and how often
+    n_prelude: int = 0  # blocks before the looped core
+    n_block: int = 0  # blocks of the looped core; 0: a plain GPT, or loop_groups
+    n_coda: int = 0  # blocks after the looped core
+    n_loop: int = 1  # loops of every group; with a sampled depth, their mean
+    loop_groups: tuple = ()  # any looping over n_layer blocks: [[0,1],[3]] loops 0-1 and 3
+    loop_counts: tuple = ()  # loops of each group, instead of n_loop
+    max_loops: int = 64  # bound of a sampled depth; rows of the learned loop embedding
+    use_model_baseline: bool = False  # the control run: the same blocks with nothing looped
+    # what a loop does
+    input_injection: str = "inject"  # input to loops: passthrough, add, inject, diagonal, residual
+    residual_share: float = 0.1  # share of its input that residual adds after each loop
+    state_init: str = "input"  # state before the first loop: input, zero, noise
+    loop_noise_scale: float = 0.0  # training noise on the first state, in sqrt(2 / (5 n_embd))
+    loop_norm: str = "rmsnorm"  # norm of the state after each loop: none, rmsnorm, weightless
+    loop_embedding: str = "none"  # tells the blocks which loop it is: none, learned, sinusoidal
+    loop_sampling: str = "fixed"  # loops of a training step: fixed, uniform, geometric, poisson
+    bptt_k: int = 0  # gradient through the last k loops only; 0: through all of them
+    exit_gate: str = "none"  # learns when to stop looping: none, state (Ouro), mean_state
+    # what is predicted
+    n_ahead: int = 1  # heads, each for one token further ahead (arXiv 2404.19737)
+    predict_ahead: bool = False  # a token before each window says how far ahead to predict
+    max_shift: int = 4  # the farthest that predict_ahead asks for
+    label_shift_prob: float = 0.5  # chance of each step of the shift to be the last (geometric)
+    # what other families need; 0 is the usual
+    n_kv_head: int = 0  # heads of keys and values, each shared by several query heads; 0: n_head
+    head_size: int = 0  # channels of a head; 0: n_embd / n_head
+    n_latent: int = 0  # channels of mla's latent vector; 0: n_embd / 2
+    n_hidden: int = 0  # channels inside the MLP; 0: 4 n_embd
+    mlp_scale: float = 1.0  # factor on the MLP's activations (Parcae: 0.5)
+    qk_norm: str = "none"  # none, head (Qwen3), width (all heads: OLMo-2), rotated (Parcae)
     qk_bias: bool = False  # learned bias of queries and keys (Huginn)
-    value_embedding: bool = (
-        False  # every other block adds a gated embedding of the token to its values (Parcae)
-    )
-    rope_base: float = 10000.0
-    rope_scaling: tuple = ()  # Llama 3's: factor, low and high frequency factor, original context
-    norm_place: str = "pre"  # pre, post (of the branch: OLMo-2), branch (both: Ouro), sum (pre and of the sum: Huginn)
-    norm_eps: float = 0.0  # 0: 1e-5 in LayerNorm, machine epsilon in RMSNorm
-    embedding_scale: float = 1.0  # Huginn: sqrt(n_embd)
-    embedding_norm: bool = False  # a norm after the embedding
-    final_norm: bool = True  # ln_f; off where the loop's own norm is the last (Ouro)
-    tie_weights: bool = True  # the head is the embedding
-    logit_softcap: float = 0.0  # cap * tanh(logits / cap); 0: off
-    init: str = "gpt2"  # gpt2, small (outputs by effective depth: Huginn), orthogonal (outputs zero: Parcae)
-    document_separator: int = (
-        -1
-    )  # token id that ends a document, beyond which attention does not look; -1: none
-    # what is looped
-    n_prelude: int = 0  # blocks before the core
-    n_block: int = 0  # blocks of the core, looped together; 0: a plain GPT or loop_groups
-    n_coda: int = 0  # blocks after the core
-    n_loop: int = 1  # loops of every group; with sampled depth their mean
-    loop_groups: tuple = ()  # any looping over n_layer blocks: [[0,1],[3]] loops 0-1 together and 3 alone
-    loop_counts: tuple = ()  # in place of n_loop, one count per group
-    max_loops: int = 64  # bound of sampled depth, rows of the learned loop embedding
-    use_model_baseline: bool = False  # the control: the same blocks with nothing looped
-    # how it is looped
-    input_injection: str = (
-        "inject"  # passthrough, add, inject, diagonal, residual: how the input comes in
-    )
-    residual_share: float = (
-        0.1  # what input_injection=residual adds of the group's input after each loop
-    )
-    state_init: str = "input"  # input, zero, noise: the state before the first loop
-    loop_noise_scale: float = (
-        0.0  # training noise before the first loop, in units of sqrt(2 / (5 n_embd))
-    )
-    loop_norm: str = "rmsnorm"  # none, rmsnorm: norm of the state after each loop
-    loop_embedding: str = "none"  # none, learned, sinusoidal: tells the blocks which loop it is
-    loop_entry: str = "none"  # none, rmsnorm: norm of the group's input (Parcae)
-    loop_exit: str = (
-        "none"  # none, linear (Parcae), final_norm (ln_f once more: Huginn): after the last loop
-    )
-    exit_gate: str = (
-        "none"  # none, state (Ouro), mean_state (of the tokens so far): learns when to stop looping
-    )
-    loop_sampling: str = "fixed"  # fixed, uniform, geometric, poisson: loops of a training step
-    bptt_k: int = 0  # gradient through the last k loops only; 0: through all
-    # what it predicts
-    predict_ahead: bool = (
-        False  # how far ahead is drawn for each sequence, and told by a token before the input
-    )
-    max_shift: int = 4  # farthest
-    label_shift_prob: float = (
-        0.5  # chance of stopping at the next token, else at the one after it, and so on
-    )
-    n_ahead: int = 1  # heads, each for a token further ahead (arXiv 2404.19737)
+    value_embedding: bool = False  # every other block adds token embeddings to values (Parcae)
+    rope_base: float = 10000.0  # wavelengths of rotary positions grow up to this, in 2 pi tokens
+    rope_scaling: tuple = ()  # Llama 3's: factor, low and high frequency factor, old block_size
+    norm_place: str = "pre"  # pre, post (OLMo-2), branch (both: Ouro), sum (pre and sum: Huginn)
+    norm_eps: float = 0.0  # added inside the root; 0: LayerNorm 1e-5, RMSNorm machine epsilon
+    embedding_scale: float = 1.0  # factor on the token embedding (Huginn: sqrt(n_embd))
+    final_norm: bool = True  # norm before the head; False where the loop's norm is the last (Ouro)
+    tie_weights: bool = True  # the head's matrix is the embedding's
+    logit_softcap: float = 0.0  # logits become cap * tanh(logits / cap); 0: off
+    init: str = "gpt2"  # gpt2, small (Huginn), orthogonal (blocks start as identity: Parcae)
+    loop_entry: str = "none"  # norm of the group's input: none, rmsnorm (Parcae)
+    loop_exit: str = "none"  # after the last loop: none, linear (Parcae), final_norm (Huginn)
+    document_separator: int = -1  # token id that ends a document; attention stops there; -1: none
 
     def __post_init__(self):
-        for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            kinds = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
-            fits = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
-            self._require(field.name, fits, f"of type {kind.__name__}")
-        for name, table in TABLES.items():
-            self._require(name, getattr(self, name) in table, "one of " + ", ".join(table))
-        self._check_shape()
-        self._check_loops()
-
-    def _require(self, name, ok, allowed):
-        if not ok:
-            raise ValueError(f"{name}={getattr(self, name)!r}: must be {allowed}")
-
-    def _check_shape(self):
-        for name in (field.name for field in fields(self) if field.type in (int, float)):
-            least = LEAST.get(name, 0)
-            self._require(
-                name, least <= getattr(self, name) < math.inf, f"finite and at least {least}"
-            )
-        self._require(
-            "document_separator", self.document_separator < self.vocab_size, "-1 or a token id"
-        )
-        self._require("dropout", self.dropout < 1, "at least 0 and less than 1")
-        self._require("label_shift_prob", self.label_shift_prob <= 1, "more than 0 and at most 1")
-        alone = self.document_separator < 0 and not self.value_embedding or not self.predict_ahead
-        self._require(
-            "predict_ahead",
-            alone,
-            "False with document_separator, value_embedding: its token has no id",
-        )
-        self._require(
-            "n_embd",
-            self.head_size or self.n_embd % self.n_head == 0,
-            f"a multiple of n_head={self.n_head}",
-        )
-        self._require(
-            "n_kv_head",
-            self.n_head % (self.n_kv_head or 1) == 0,
-            f"0 or a divisor of n_head={self.n_head}",
-        )
-        mha = self.attention == "mha"
-        self._require(
-            "attention",
-            mha
-            or (self.n_kv_head, self.qk_norm, self.qk_bias, self.value_embedding)
-            == (0, "none", False, False),
-            "mha with n_kv_head, qk_norm, qk_bias or value_embedding",
-        )
-        even = self.position != "rope" or self.size % (2 if mha else 4) == 0
-        self._require("position", even, f"another one with heads of {self.size} channels")
-        self._require(
-            "n_embd",
-            self.n_embd % 2 == 0 or self.loop_embedding != "sinusoidal",
-            "even for sinusoids",
-        )
-        self._require(
-            "rope_scaling",
-            len(self.rope_scaling) in (0, 4),
-            "() or factor, low, high, original context",
-        )
-
-    def _check_loops(self):
-        looped = bool(self.n_block or self.loop_groups)
-        self._require(
-            "n_block",
-            self.n_block or not self.n_prelude + self.n_coda,
-            "at least 1 with a prelude or coda",
-        )
-        self._require(
-            "loop_groups",
-            not (self.n_block and self.loop_groups),
-            "() when n_block says what is looped",
-        )
-        groups = [
-            list(group) if isinstance(group, (tuple, list)) else [] for group in self.loop_groups
-        ]
-        flat = [block for group in groups for block in group]
-        known = all(type(block) is int for block in flat) and flat == sorted(
-            {*flat} & {*range(self.n_layer)}
-        )
-        fits = known and all(group and group[-1] - group[0] == len(group) - 1 for group in groups)
-        self._require(
-            "loop_groups",
-            fits,
-            f"ascending runs of blocks below n_layer={self.n_layer}, as [[0,1],[3]]",
-        )
-        n_groups = len(self.loop_groups) or int(looped)
-        self._require(
-            "loop_counts",
-            len(self.loop_counts) in (0, n_groups),
-            f"() or one count for each of {n_groups}",
-        )
-        bounded = all(type(n) is int and 1 <= n <= self.max_loops for n in self.loop_counts)
-        self._require("loop_counts", bounded, f"counts from 1 to max_loops={self.max_loops}")
-        most, why = (
-            (self.max_loops, "max_loops")
-            if looped and not self.loop_counts
-            else (1, "no loop, or loop_counts")
-        )
-        self._require("n_loop", self.n_loop <= most, f"at most {most} ({why})")
-        self._require(
-            "exit_gate", looped or self.exit_gate == "none", "none where nothing is looped"
-        )
-        seen = self.input_injection != "passthrough" or (
-            self.state_init == "input" and not self.bptt_k
-        )
-        self._require(
-            "input_injection",
-            seen,
-            "another one with this state_init or bptt_k: else no gradient gets out",
-        )
+        check_config(self)  # at the end of this file
 
     @property
-    def size(self) -> int:
-        """Channels of a head."""
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
         return self.head_size or self.n_embd // self.n_head
 
     @property
     def n_position(self) -> int:
-        """Positions: those of the tokens, and of the token before them if there is one."""
+        """Positions of a full window: its tokens, and the token before them with predict_ahead."""
         return self.block_size + self.predict_ahead
 
     @property
-    def n_effective(self) -> int:
-        """Blocks that a token passes, each counted as often."""
-        return self.n_physical + sum(
-            (n - 1) * len(group) for n, group in zip(self.counts(), self.groups)
-        )
-
-    @property
     def n_physical(self) -> int:
-        """Blocks that the model holds, each counted once."""
+        """Blocks that the model holds."""
         return self.n_prelude + self.n_block + self.n_coda if self.n_block else self.n_layer
 
     @property
+    def n_effective(self) -> int:
+        """Depth in block applications: a block that is looped n times counts n times."""
+        repeats = ((n - 1) * len(group) for n, group in zip(self.counts(), self.groups))
+        return self.n_physical + sum(repeats)
+
+    @property
     def groups(self) -> tuple:
-        """The looped groups of blocks, whichever way they were spelt: ((0, 1), (3,))."""
-        core = (
-            [range(self.n_prelude, self.n_prelude + self.n_block)]
-            if self.n_block
-            else self.loop_groups
-        )
-        return () if self.use_model_baseline else tuple(map(tuple, core))
+        """Looped groups of blocks, whichever way they were given: ((0, 1), (3,))."""
+        core = tuple(range(self.n_prelude, self.n_prelude + self.n_block))
+        groups = (core,) if self.n_block else tuple(map(tuple, self.loop_groups))
+        return () if self.use_model_baseline else groups
 
     @property
     def stages(self) -> tuple:
-        """The forward pass in order: ((blocks, looped), ...)."""
-        inside = {block for group in self.groups for block in group}
-        alone = [((block,), False) for block in range(self.n_physical) if block not in inside]
-        return tuple(sorted(alone + [(group, True) for group in self.groups]))
+        """Blocks and looped groups in order, (block numbers, looped): (((0,), False), ..)."""
+        group_of = {block: (block,) for block in range(self.n_physical)}
+        group_of |= {block: group for group in self.groups for block in group}
+        return tuple((blocks, blocks in self.groups) for blocks in dict.fromkeys(group_of.values()))
 
-    def counts(self, n_loop=None) -> tuple:
-        """Loops of each group. n_loop: None (the config's), an int for every group or one per group."""
+    def counts(self, n_loop: int | tuple | None = None) -> tuple[int, ...]:
+        """Return the loops of each group. n_loop: None (the config's), an int, or one per group."""
         if n_loop is None:
             n_loop = self.loop_counts if self.loop_counts and self.groups else self.n_loop
-        each = isinstance(n_loop, (tuple, list))
-        counts = tuple(n_loop) if each else (n_loop,)
-        if not all(type(n) is int and n >= 1 for n in counts) or (
-            each and len(counts) != len(self.groups)
-        ):
-            raise ValueError(
-                f"n_loop={n_loop!r}: must be an int >= 1, or one for each of {len(self.groups)} groups"
-            )
-        return counts if each else counts * len(self.groups)
+        per_group = isinstance(n_loop, (tuple, list))
+        counts = tuple(n_loop) if per_group else (n_loop,)
+        legal = all(type(n) is int and n >= 1 for n in counts)
+        if not legal or (per_group and len(counts) != len(self.groups)):
+            allowed = f"an int >= 1, or one for each of {len(self.groups)} groups"
+            raise ValueError(f"n_loop={n_loop!r}: must be {allowed}")
+        return counts if per_group else counts * len(self.groups)
 
 
 # -----------------------------------------------------------------------------
-# the parts of a block: x (B, T, C) -> (B, T, C), told where the tokens stand
+# a plain block, GPT-2's unless an option says otherwise
+class Context(NamedTuple):
+    """Facts about the tokens of a forward pass, handed to every block beside x (B, T, C)."""
+
+    position: Tensor  # (T,), or (B, T) where rows differ; counted from the start of the document
+    mask: Tensor | None = None  # (.., T, S), True where a token may look; None: causal
+    cos_sin: tuple | None = None  # of rotary positions, (.., 1, T, D/2) each
+    idx: Tensor | None = None  # (B, T), the token ids
+    cache: object = None  # earlier tokens when decoding: extend(k, v) -> k, v of all S tokens
+
+    def rows(self, pick: Tensor | slice) -> "Context":
+        """Return the context of some rows of the batch, given as a slice or by their numbers."""
+        if self.position.dim() == 1:  # every row has these positions and this mask
+            return self._replace(idx=self.idx[pick])
+        mask = None if self.mask is None else self.mask[pick]
+        cos_sin = None if self.cos_sin is None else tuple(part[pick] for part in self.cos_sin)
+        return Context(self.position[pick], mask, cos_sin, self.idx[pick], self.cache)
 
 
-class Where(NamedTuple):
-    position: (
-        torch.Tensor
-    )  # (T,), or (B, T) where rows differ, counted from the start of the document
-    mask: torch.Tensor | None = (
-        None  # (.., T, S), True where a token may look; None: at itself and all before it
-    )
-    turn: tuple | None = None  # of rotary positions: cos and sin (.., 1, T, D/2)
-    idx: torch.Tensor | None = None  # (B, T), the tokens themselves
-    cache: object = (
-        None  # keys and values of S - T tokens before them: extend(k, v) -> k, v of all S
-    )
+class Identity(nn.Identity):
+    """An option that is off: returns its first argument."""
 
-
-def one_document(x, idx):
-    """Position and mask where a window is one text."""
-    return torch.arange(x.size(1), device=x.device), None
-
-
-def documents(x, idx, separator):
-    """Position and mask where a window holds texts, each ended by the separator, each read as if it stood alone."""
-    if idx.is_floating_point():
-        raise ValueError(
-            "document_separator: documents are told apart in tokens, not in embeddings"
-        )
-    place = torch.arange(idx.size(1), device=idx.device).expand_as(idx)
-    first = F.pad(idx == separator, (1, -1))  # (B, T): right after a separator
-    start = torch.where(first, place, 0).cummax(1).values
-    same = start[:, None, :, None] == start[:, None, None, :]  # (B, 1, T, T)
-    return place - start, same.tril()
-
-
-NORM = {
-    "layernorm": lambda config: nn.LayerNorm(
-        config.n_embd, config.norm_eps or 1e-5, bias=config.bias
-    ),
-    "rmsnorm": lambda config, width=0: nn.RMSNorm(width or config.n_embd, config.norm_eps or None),
-    "weightless": lambda config: nn.RMSNorm(
-        config.n_embd, config.norm_eps or None, elementwise_affine=False
-    ),
-}
-
-
-class LearnedPosition(nn.Embedding):
-    """One learned vector per position, added to the token embedding (GPT-2)."""
-
-    def __init__(self, config):
-        super().__init__(config.n_position, config.n_embd)
-
-    def forward(self, x, where):
-        return x + super().forward(where.position)
-
-
-class RotaryTable(nn.Module):
-    """Angles position * base^(-2i/D) as cos and sin, (.., 1, T, D/2) each (arXiv 2104.09864)."""
-
-    def __init__(self, config):
-        super().__init__()
-        size = config.size // 2 if config.attention == "mla" else config.size
-        frequencies = config.rope_base ** (-torch.arange(0, size, 2) / size)
-        if (
-            config.rope_scaling
-        ):  # slow ones divided by factor, fast ones kept, blended between (Llama 3.1)
-            factor, low, high, context = config.rope_scaling
-            kept = ((context * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-            frequencies = frequencies * (kept + (1 - kept) / factor)
-        angles = torch.outer(torch.arange(config.n_position), frequencies)  # (n_position, D/2)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, position):
-        return self.cos[position].unsqueeze(-3), self.sin[position].unsqueeze(-3)
-
-
-def rotate(x, where):
-    """Queries or keys x (B, H, T, D), channels i and i + D/2 turned by the angles of their position."""
-    (cos, sin), (a, b) = where.turn, x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
-
-
-class Keep(nn.Identity):
-    """Off: x as it is."""
-
-    def forward(self, x, *_):
+    def forward(self, x: Tensor, *_) -> Tensor:
         return x
 
 
-POSITION = {  # what is added to the embedding, what turns queries and keys, what where.turn is of a position
-    "learned": (LearnedPosition, Keep, lambda config: lambda position: None),
-    "rope": (Keep, lambda config: rotate, RotaryTable),
-    "none": (Keep, Keep, lambda config: lambda position: None),
-}
-
-
-class Bias(nn.Module):
-    """A learned vector for all heads, x (B, T, H, D)."""
-
-    def __init__(self, config, heads):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(heads * config.size))
-
-    def forward(self, x):
-        return x + self.bias.view(x.shape[-2:])
-
-
-class WidthNorm(nn.RMSNorm):
-    """RMSNorm over all heads together, x (B, T, H, D)."""
-
-    def forward(self, x):
-        return super().forward(x.flatten(-2)).view_as(x)
-
-
-QK_NORM = {  # (config, heads) -> norm before the rotation, after it
-    "none": (lambda config, heads: Keep(config), Keep),
-    "head": (lambda config, heads: NORM["rmsnorm"](config, config.size), Keep),
-    "width": (lambda config, heads: WidthNorm(heads * config.size, config.norm_eps or None), Keep),
-    "rotated": (
-        lambda config, heads: Keep(config),
-        lambda config: nn.RMSNorm(config.size, elementwise_affine=False),
-    ),
-}
-
-
-class ValueEmbedding(nn.Module):
-    """Adds an embedding of the token to its values, times a gate per head, 2 sigmoid(Linear(x)) (Parcae)."""
-
-    def __init__(self, config, heads):
-        super().__init__()
-        self.table = nn.Embedding(config.vocab_size, heads * config.size)
-        self.gate = nn.Linear(min(32, config.n_embd), heads, bias=False)
-
-    def forward(self, v, x, where):  # v (B, T, H, D), x (B, T, C)
-        gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
-        return v + gate.unsqueeze(-1) * self.table(where.idx).view_as(v)
+def make(field: str, config: GPTConfig, *others) -> nn.Module:
+    """Return the part that a field of the config names, by TABLES at the end of this file."""
+    return TABLES[field][getattr(config, field)](config, *others)
 
 
 class Attention(nn.Module):
-    """Causal self-attention, of as many heads of keys and values as of queries or fewer (arXiv 2305.13245)."""
+    """Causal self-attention; fewer heads of keys and values than of queries is grouped-query."""
 
-    def __init__(self, config, number=0):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
-        self.size, self.dropout = config.size, config.dropout
-        self.heads = H, K, _ = (config.n_head, *2 * (config.n_kv_head or config.n_head,))
-        self.c_attn = nn.Linear(
-            config.n_embd, (H + 2 * K) * config.size, bias=config.bias
-        )  # queries, keys and values
-        self.c_proj = nn.Linear(H * config.size, config.n_embd, bias=config.bias)
-        self.n_products = (
-            2 * H * config.size
-        )  # multiply-adds for each pair of tokens: scores, and values by them
-        before, after = QK_NORM[config.qk_norm]
-        self.q_norm, self.k_norm, self.qk_norm = before(config, H), before(config, K), after(config)
-        self.q_bias, self.k_bias = (
-            Bias(config, heads) if config.qk_bias else Keep(config) for heads in (H, K)
-        )
-        chosen = (
-            number % 2 == (config.n_physical - 1) % 2
-        )  # the last block and every other before it
-        self.value = (
-            ValueEmbedding(config, K) if config.value_embedding and chosen else Keep(config)
-        )
-        self.rotate = POSITION[config.position][1](config)
+        H, K = config.n_head, config.n_kv_head or config.n_head
+        self.heads = (H, K, K)  # of queries, keys and values
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, (H + 2 * K) * self.head_dim, bias=config.bias)
+        self.c_proj = nn.Linear(H * self.head_dim, config.n_embd, bias=config.bias)
+        self.macs_per_pair = 2 * H * self.head_dim  # of a query and a key: score, value
+        # what other families add to GPT-2's attention
+        self.q_norm = make("qk_norm", config, H)
+        self.k_norm = make("qk_norm", config, K)
+        self.rotated_norm = Identity()
+        if config.qk_norm == "rotated":
+            self.rotated_norm = nn.RMSNorm(self.head_dim, elementwise_affine=False)
+        self.q_bias = QKBias(config, H) if config.qk_bias else Identity()
+        self.k_bias = QKBias(config, K) if config.qk_bias else Identity()
+        embeds = config.value_embedding and (config.n_physical - 1 - layer) % 2 == 0
+        self.value = ValueEmbedding(config, K) if embeds else Identity()
+        self.rotate = rotate if config.position == "rope" else Identity()
 
-    def forward(self, x, where):
-        q, k, v = (
-            self.c_attn(x).unflatten(-1, (-1, self.size)).split(self.heads, dim=-2)
-        )  # (B, T, H, D)
-        q, k, v = self.q_norm(self.q_bias(q)), self.k_norm(self.k_bias(k)), self.value(v, x, where)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D)
-        q, k = (self.qk_norm(self.rotate(part, where)) for part in (q, k))
-        if where.cache is not None:
-            k, v = where.cache.extend(k, v)
-        y = attend(q, k, v, where, self.dropout * self.training)
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_dim))  # (B, T, heads, D)
+        q, k, v = qkv.split(self.heads, dim=-2)
+        q = self.q_norm(self.q_bias(q)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_bias(k)).transpose(1, 2)
+        v = self.value(v, x, ctx).transpose(1, 2)
+        q = self.rotated_norm(self.rotate(q, ctx))
+        k = self.rotated_norm(self.rotate(k, ctx))
+        if ctx.cache is not None:  # decoding: keys and values of earlier tokens come from there
+            k, v = ctx.cache.extend(k, v)
+        y = attend(q, k, v, ctx, self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).flatten(-2))
-
-
-def attend(q, k, v, where, dropout, scale=None):
-    few, causal = k.size(1) != q.size(1), where.mask is None
-    return F.scaled_dot_product_attention(
-        q, k, v, where.mask, dropout, causal, scale=scale, enable_gqa=few
-    )
-
-
-class LatentAttention(nn.Module):
-    """Keys and values of all heads from one latent per token (MLA: DeepSeek-V2, arXiv 2405.04434, section 2.1).
-    With rotary positions each head has D/2 more channels that turn; those of the keys are shared by the heads. A cache
-    holds latents and turned channels; queries then absorb the up-projection of the keys, outputs that of values."""
-
-    def __init__(self, config, number=0):
-        super().__init__()
-        self.size, self.n_latent, self.dropout = (
-            config.size,
-            config.n_latent or config.n_embd // 2,
-            config.dropout,
-        )
-        self.turning, C, H = (
-            config.size // 2 * (config.position == "rope"),
-            config.n_embd,
-            config.n_head,
-        )
-        self.c_q = nn.Linear(C, H * (self.size + self.turning), bias=config.bias)
-        self.c_latent = nn.Linear(C, self.n_latent + self.turning, bias=config.bias)
-        self.ln_latent = NORM["rmsnorm"](config, self.n_latent)
-        self.c_up = nn.Linear(self.n_latent, H * 2 * self.size, bias=False)  # keys, values
-        self.c_proj = nn.Linear(H * self.size, C, bias=config.bias)
-        self.n_products = H * (2 * self.size + self.turning)
-        self.rotate = POSITION[config.position][1](config)
-
-    def forward(self, x, where):
-        q = (
-            self.c_q(x).unflatten(-1, (-1, self.size + self.turning)).transpose(1, 2)
-        )  # (B, H, T, D + turning)
-        q, q_turned = q.split((self.size, self.turning), dim=-1)
-        latent, k_turned = (
-            self.c_latent(x).unsqueeze(1).split((self.n_latent, self.turning), dim=-1)
-        )  # (B, 1, T, ..)
-        q_turned, k_turned = self.rotate(q_turned, where), self.rotate(k_turned, where)
-        way = self.expanded if where.cache is None else self.absorbed
-        y = way(q, q_turned, self.ln_latent(latent), k_turned, where)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).flatten(-2))
-
-    def expanded(self, q, q_turned, latent, k_turned, where):
-        kv = self.c_up(latent.squeeze(1)).unflatten(-1, (-1, 2 * self.size)).transpose(1, 2)
-        k, v = kv.chunk(2, dim=-1)
-        k_turned = k_turned.expand(-1, q.size(1), -1, -1)
-        q, k = torch.cat((q, q_turned), dim=-1), torch.cat((k, k_turned), dim=-1)
-        return attend(q, k, v, where, self.dropout * self.training)
-
-    def absorbed(self, q, q_turned, latent, k_turned, where):
-        up_k, up_v = self.c_up.weight.view(-1, 2 * self.size, self.n_latent).chunk(
-            2, dim=1
-        )  # (H, D, n_latent)
-        latent, k_turned = where.cache.extend(latent, k_turned)
-        q, k = torch.cat((q @ up_k, q_turned), dim=-1), torch.cat((latent, k_turned), dim=-1)
-        y = attend(
-            q, k, latent, where, 0.0, scale=(self.size + self.turning) ** -0.5
-        )  # (B, H, T, n_latent)
-        return y @ up_v.mT
-
-
-ATTENTION = {"mha": Attention, "mla": LatentAttention}
 
 
 class FeedForward(nn.Module):
-    """Linear to n_hidden (fan times that for a gated activation), activation, Linear back."""
+    """Linear to n_hidden channels, activation, Linear back; a gated activation reads two halves."""
 
-    def __init__(self, config, activation, fan=1):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        width, scale = config.n_hidden or 4 * config.n_embd, config.mlp_scale
-        self.activation = activation if scale == 1 else lambda x: scale * activation(x)
-        self.c_fc = nn.Linear(config.n_embd, fan * width, bias=config.bias)
-        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        n_hidden = config.n_hidden or 4 * config.n_embd
+        n_read = 2 * n_hidden if config.mlp == "swiglu" else n_hidden
+        self.activation = TABLES["mlp"][config.mlp]
+        if config.mlp_scale != 1:
+            self.activation = partial(scaled, self.activation, config.mlp_scale)
+        self.c_fc = nn.Linear(config.n_embd, n_read, bias=config.bias)
+        self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(self.activation(self.c_fc(x)))
 
 
-def swiglu(x):
-    """SiLU of the first half gates the second (arXiv 2002.05202)."""
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-MLP = {
-    "gelu": lambda config: FeedForward(config, F.gelu),
-    "gelu_tanh": lambda config: FeedForward(
-        config, lambda x: F.gelu(x, approximate="tanh")
-    ),  # as GPT-2 was released
-    "relu2": lambda config: FeedForward(
-        config, lambda x: F.relu(x).square()
-    ),  # Primer, arXiv 2109.08668
-    "swiglu": lambda config: FeedForward(config, swiglu, fan=2),
-}
-
-# the norms around attention and MLP: ln_1 before it, ln_1_out of what it adds, ln_1_sum of the sum; ln_2 likewise
-NORM_PLACE = {"pre": ("",), "post": ("_out",), "branch": ("", "_out"), "sum": ("", "_sum")}
-
-
 class Block(nn.Module):
-    """Transformer block; with norm_place=pre, GPT-2's."""
+    """Transformer block. GPT-2's (norm_place=pre) is x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
-    def __init__(self, config, number=0):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
-        kinds = [
-            NORM[config.norm] if p in NORM_PLACE[config.norm_place] else Keep
-            for p in ("", "_out", "_sum")
-        ]
-        self.ln_1, self.ln_1_out, self.ln_1_sum = (kind(config) for kind in kinds)
-        self.attn = ATTENTION[config.attention](config, number)
-        self.ln_2, self.ln_2_out, self.ln_2_sum = (kind(config) for kind in kinds)
-        self.mlp = MLP[config.mlp](config)
+        self.ln_1 = norm_at("input", config)
+        self.ln_1_out = norm_at("output", config)
+        self.ln_1_sum = norm_at("sum", config)
+        self.attn = make("attention", config, layer)
+        self.ln_2 = norm_at("input", config)
+        self.ln_2_out = norm_at("output", config)
+        self.ln_2_sum = norm_at("sum", config)
+        self.mlp = FeedForward(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, where):
-        x = self.ln_1_sum(x + self.ln_1_out(self.drop(self.attn(self.ln_1(x), where))))
-        return self.ln_2_sum(x + self.ln_2_out(self.drop(self.mlp(self.ln_2(x)))))
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        attn = self.drop(self.attn(self.ln_1(x), ctx))
+        x = self.ln_1_sum(x + self.ln_1_out(attn))
+        mlp = self.drop(self.mlp(self.ln_2(x)))
+        return self.ln_2_sum(x + self.ln_2_out(mlp))
 
 
 # -----------------------------------------------------------------------------
-# the parts of a loop: s the state, e the group's input, both (B, T, C); i the loop, n how many
+# the loop
+class Loop(nn.Module):
+    """A group of blocks that is applied n times with the same weights."""
+
+    def __init__(self, config: GPTConfig, blocks: list[Block], ln_f: nn.Module):
+        super().__init__()
+        self.blocks = tuple(blocks)  # no ModuleList: their parameters belong to transformer.h
+        self.init_state = make("state_init", config)
+        self.noise = LoopNoise(config) if config.loop_noise_scale else Identity()
+        self.inject = make("input_injection", config)
+        residual = config.input_injection == "residual"
+        self.reinject = partial(add_share, config.residual_share) if residual else Identity()
+        self.index = make("loop_embedding", config)
+        self.norm = make("loop_norm", config)
+        self.entry = make("loop_entry", config)
+        self.exit = make("loop_exit", config, ln_f)
+        self.bptt_k = config.bptt_k or math.inf
+
+    def begin(self, x: Tensor, ctx: Context, n: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Return (e, s): what is injected in every loop, and the state before the first of n."""
+        e = self.entry(x)
+        return e, self.noise(self.init_state(e, ctx), n)
+
+    def step(self, s: Tensor, e: Tensor, i: int | Tensor, ctx: Context) -> Tensor:
+        """Return the state (B, T, C) after loop i; s is the state before it."""
+        s = self.index(self.inject(s, e), i)
+        for block in self.blocks:
+            s = block(s, ctx)
+        return self.norm(self.reinject(s, e))
+
+    def states(self, x: Tensor, ctx: Context, n: int) -> Iterator[Tensor]:
+        """Yield the state after each of n loops. Only the last bptt_k loops carry a gradient."""
+        e, s = self.begin(x, ctx, n)
+        for i in range(n):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= n - self.bptt_k):
+                s = self.step(s, e, i, ctx)
+            yield s
+
+    def forward(self, x: Tensor, ctx: Context, n: int) -> Tensor:
+        for state in self.states(x, ctx, n):
+            s = state
+        return self.exit(s)
+
+
+class Stage(NamedTuple):
+    """A block, or a looped group of blocks, and how often this forward pass applies it."""
+
+    loop: Loop  # of a block outside every group: one with all options off, so the block alone
+    n: int  # 1 outside every group
+    looped: bool
+
+    def __call__(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.loop(x, ctx, self.n)
 
 
 class Inject(nn.Linear):
-    """Linear over [e, s], at first [I | 0] so that it hands on e (nanoLOOP; Huginn's adapter)."""
+    """Injection Linear([e, s]), initially [I | 0]: it returns e (nanoLOOP; Huginn's adapter)."""
 
-    def forward(self, s, e):
+    def __init__(self, config: GPTConfig):
+        super().__init__(2 * config.n_embd, config.n_embd, config.bias)
+
+    def forward(self, s: Tensor, e: Tensor) -> Tensor:
         return super().forward(torch.cat((e, s), dim=-1))
 
     def init(self):
-        nn.init.eye_(self.weight.zero_().chunk(2, dim=-1)[0])
+        of_e, of_s = self.weight.chunk(2, dim=-1)  # (C, C) each
+        nn.init.eye_(of_e)
+        nn.init.zeros_(of_s)
 
 
-class Diagonal(nn.Linear):
-    """decay * s + dt * B e, the decay of each channel in (0, 1) by construction (Parcae, arXiv 2604.12946)."""
-
-    def __init__(self, config):
-        super().__init__(config.n_embd, config.n_embd, bias=False)  # B
-        self.A_log = nn.Parameter(torch.zeros(config.n_embd))
-        self.dt_bias = nn.Parameter(torch.empty(config.n_embd))
-
-    def forward(self, s, e):
-        dt = F.softplus(self.dt_bias)
-        return torch.exp(-dt * self.A_log.exp()) * s + dt * super().forward(e)
-
-    def init(self):
-        nn.init.eye_(self.weight)  # B
-        nn.init.constant_(
-            self.dt_bias, math.log(math.expm1(math.log(5) / 2))
-        )  # a decay of sqrt(1 / 5)
-
-
-INJECTION = {  # (s, e) -> s before the blocks, and after them
-    "passthrough": (Keep, Keep),
-    "add": (lambda config: torch.add, Keep),
-    "inject": (lambda config: Inject(2 * config.n_embd, config.n_embd, config.bias), Keep),
-    "diagonal": (Diagonal, Keep),
-    "residual": (Keep, lambda config: lambda s, e: s + config.residual_share * e),
-}
-
-
-def small_std(config):
-    """sqrt(2 / (5 C)), which Huginn's initialisations are in units of (arXiv 2502.05171)."""
-    return math.sqrt(2 / (5 * config.n_embd))
-
-
-class NoiseState(nn.Module):
-    """Gaussian noise: fresh in training; in eval one fixed draw per position, the same in every row."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.std = small_std(config) * config.embedding_scale
-        fixed = torch.randn(
-            config.n_position, config.n_embd, generator=torch.Generator().manual_seed(0)
-        )
-        self.register_buffer("fixed", fixed, persistent=False)
-
-    def forward(self, e, where):
-        noise = (
-            torch.randn_like(e)
-            if self.training
-            else self.fixed[where.position].to(e.dtype).expand_as(e)
-        )
-        return self.std * noise
-
-
-STATE_INIT = {
-    "input": Keep,
-    "zero": lambda config: lambda e, where: torch.zeros_like(e),
-    "noise": NoiseState,
-}
-
-
-class LoopNoise(nn.Module):
-    """Training noise on the first state of a group that loops more than once."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.std = config.loop_noise_scale * small_std(config)
-
-    def forward(self, s, n):
-        return s + self.std * (n > 1) * torch.randn_like(s) if self.training else s
-
-
-class LearnedIndex(nn.Embedding):
-    """One learned vector per loop; loops beyond max_loops share the last."""
-
-    def forward(self, s, i):
-        return s + self.weight[torch.as_tensor(i).clamp(max=self.num_embeddings - 1)]
-
-
-class SinusoidalIndex(nn.Module):
-    """Sines and cosines of the loop number (arXiv 1706.03762), times a learned gain per channel; goes on for ever."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.gain = nn.Parameter(torch.full((config.n_embd,), 0.02))
-
-    def forward(self, s, i):
-        i = torch.as_tensor(i, device=s.device).unsqueeze(-1)
-        angles = i * 10000.0 ** (-torch.arange(0, s.size(-1), 2, device=s.device) / s.size(-1))
-        return s + self.gain * torch.cat((angles.sin(), angles.cos()), dim=-1)
-
-
-LOOP_NORM = {"none": Keep, "rmsnorm": NORM["rmsnorm"]}
-LOOP_EMBEDDING = {
-    "none": Keep,
-    "learned": lambda config: LearnedIndex(config.max_loops, config.n_embd),
-    "sinusoidal": SinusoidalIndex,
-}
-LOOP_EXIT = {
-    "none": Keep,
-    "linear": lambda config, ln_f: nn.Linear(config.n_embd, config.n_embd, bias=False),
-    "final_norm": lambda config, ln_f: (
-        ln_f.forward
-    ),  # a method, not the module: its parameters stay the model's
-}
-
-
-class Loop(nn.Module):
-    """A group of blocks applied n times with the same weights."""
-
-    def __init__(self, config, blocks, ln_f):
-        super().__init__()
-        self.blocks = tuple(
-            blocks
-        )  # a tuple, not a ModuleList: their parameters belong to transformer.h
-        self.init_state = STATE_INIT[config.state_init](config)
-        self.noise = LoopNoise(config) if config.loop_noise_scale else Keep(config)
-        self.inject, self.after = (part(config) for part in INJECTION[config.input_injection])
-        self.index = LOOP_EMBEDDING[config.loop_embedding](config)
-        self.norm = LOOP_NORM[config.loop_norm](config)
-        self.entry, self.exit = (
-            LOOP_NORM[config.loop_entry](config),
-            LOOP_EXIT[config.loop_exit](config, ln_f),
-        )
-        self.bptt_k = config.bptt_k or math.inf
-
-    def step(self, s, e, i, where):
-        """One loop: the state (B, T, C) after loop i from the one before it."""
-        s = self.index(self.inject(s, e), i)
-        for block in self.blocks:
-            s = block(s, where)
-        return self.norm(self.after(s, e))
-
-    def states(self, e, where, n):
-        """Yields the state after each of n loops; only the last bptt_k carry a gradient."""
-        e = self.entry(e)
-        s = self.noise(self.init_state(e, where), n)
-        for i in range(n):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= n - self.bptt_k):
-                s = self.step(s, e, i, where)
-            yield s
-
-    def forward(self, e, where, n):
-        return self.exit(deque(self.states(e, where, n), maxlen=1).pop())
-
-
-def poisson(mean, generator, sigma=0.5):
-    """1 + Poisson(rate), rate log-normal of this mean (Huginn, arXiv 2502.05171, section 3.2): mean + 1 on average."""
-    rate = torch.empty(1).log_normal_(math.log(mean) - sigma**2 / 2, sigma, generator=generator)
-    return 1 + int(torch.poisson(rate, generator=generator))
-
-
-LOOP_SAMPLING = {  # loops of a training step: (mean, generator) -> int >= 1
-    "fixed": lambda mean, generator: mean,
-    "uniform": lambda mean, generator: int(torch.randint(1, 2 * mean, (1,), generator=generator)),
-    "geometric": lambda mean, generator: int(
-        torch.empty(1).geometric_(min(1 / mean, 1 - 1e-9), generator=generator)
-    ),
-    "poisson": poisson,
-}
-
-
-def sample_loops(config, generator, means=None):
-    """Loops of one training step: one int per group in [1, max_loops], by config.loop_sampling. means: one per group,
-    the config's counts by default. The draws follow from the state of generator (on CPU) alone."""
-    draw = LOOP_SAMPLING[config.loop_sampling]
-    return tuple(min(draw(mean, generator), config.max_loops) for mean in means or config.counts())
-
-
-class MeanGate(nn.Linear):
-    """Linear of the mean state of the tokens so far, s (B, T, C)."""
-
-    def forward(self, s):
-        return super().forward(
-            s.cumsum(1) / torch.arange(1, s.size(1) + 1, device=s.device)[:, None]
-        )
-
-
-EXIT_GATE = {  # whether to stop after a loop, as a logit (B, T, 1)
-    "none": Keep,
-    "state": lambda config: nn.Linear(config.n_embd, 1),  # Ouro, arXiv 2510.25741
-    "mean_state": lambda config: MeanGate(config.n_embd, 1),
-}
-
-
-class ShiftToken(nn.Embedding):
-    """Puts a learned token before the input x (B, T, C) that says how far ahead to predict: shift, an int or (B,)."""
-
-    def forward(self, x, shift):
-        token = super().forward(torch.as_tensor(shift, device=x.device) - 1)
-        return torch.cat((token.expand(x.size(0), -1).unsqueeze(1), x), dim=1)
-
-
-class Ahead(nn.Linear):
-    """Hidden states for one token further ahead, x + SiLU(Linear(x)), at first x (Medusa, arXiv 2401.10774)."""
-
-    def forward(self, x):
-        return x + F.silu(super().forward(x))
-
-    def init(self):
-        nn.init.zeros_(self.weight)
-
-
-def shift_labels(targets, shift):
-    """The tokens shift ahead, from the next ones, targets (B, T); -1 where the window has none. shift: int or (B,)."""
-    shift = torch.as_tensor(shift, device=targets.device).expand(targets.size(0))
-    source = torch.arange(targets.size(1), device=targets.device) + shift[:, None] - 1  # (B, T)
-    return targets.gather(1, source.clamp(max=targets.size(1) - 1)).masked_fill(
-        source >= targets.size(1), -1
-    )
+def sample_loops(config: GPTConfig, generator: torch.Generator, means=None) -> tuple[int, ...]:
+    """Draw the loops of a training step, one int per group in [1, max_loops]; means: counts()."""
+    draw = TABLES["loop_sampling"][config.loop_sampling]
+    means = means or config.counts()
+    return tuple(min(draw(mean, generator), config.max_loops) for mean in means)
 
 
 # -----------------------------------------------------------------------------
 # the GPT
-
-
-INIT = {  # how a matrix is filled, its std, and that of one whose outputs are added to the residual stream
-    "gpt2": lambda config: (
-        lambda p, std: nn.init.normal_(p, std=std),
-        0.02,
-        0.02 / math.sqrt(2 * config.n_physical),
-    ),
-    "small": lambda config: (
-        lambda p, std: nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std),
-        small_std(config),
-        small_std(config) / math.sqrt(2 * config.n_effective),
-    ),
-    "orthogonal": lambda config: (
-        lambda p, std: nn.init.orthogonal_(p, gain=std * math.sqrt(max(p.shape))),
-        small_std(config),
-        0.0,
-    ),  # every block starts as the identity
-}
-TABLES = {
-    "norm": NORM,
-    "norm_place": NORM_PLACE,
-    "position": POSITION,
-    "attention": ATTENTION,
-    "qk_norm": QK_NORM,
-    "mlp": MLP,
-    "init": INIT,
-    "input_injection": INJECTION,
-    "state_init": STATE_INIT,
-    "loop_norm": LOOP_NORM,
-    "loop_entry": LOOP_NORM,
-    "loop_exit": LOOP_EXIT,
-    "loop_embedding": LOOP_EMBEDDING,
-    "loop_sampling": LOOP_SAMPLING,
-    "exit_gate": EXIT_GATE,
-}
-
-
 class GPT(nn.Module):
-    """A GPT with nanoGPT's parameter names; each looped group adds transformer.loops.{g}.* and nothing else."""
+    """A GPT with nanoGPT's parameter names; a looped group g adds transformer.loops.{g}.* only."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, self.block_size, self.embedding_scale = (
-            config,
-            config.block_size,
-            config.embedding_scale,
-        )
+        self.config = config
+        self.block_size = config.block_size
+        self.embedding_scale = config.embedding_scale
         separator = config.document_separator
-        self.look = one_document if separator < 0 else partial(documents, separator=separator)
-        self.turn = POSITION[config.position][2](config)
-        blocks = [Block(config, number) for number in range(config.n_physical)]
-        ln_f = NORM[config.norm](config) if config.final_norm else Keep(config)
-        loops = {
-            group: Loop(config, blocks[group[0] : group[-1] + 1], ln_f) for group in config.groups
-        }
+        self.positions_and_mask = partial(documents, separator) if separator >= 0 else causal
+        self.cos_sin = RotaryPosition(config) if config.position == "rope" else no_rotation
+        ln_f = make("norm", config) if config.final_norm else Identity()
+        blocks = [Block(config, layer) for layer in range(config.n_physical)]
+        plain = replace(config, **LOOP_OFF)  # for the blocks outside every group
+        self.loops, groups = [], nn.ModuleList()  # of all stages; of the looped ones
+        for numbers, looped in config.stages:
+            loop = Loop(config if looped else plain, [blocks[i] for i in numbers], ln_f)
+            self.loops.append(loop)
+            if looped:
+                groups.append(loop)
+        position = LearnedPosition(config) if config.position == "learned" else Identity()
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": POSITION[config.position][0](config),
-                "ln_e": NORM[config.norm](config) if config.embedding_norm else Keep(config),
+                "wpe": position,
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(blocks),
-                "loops": nn.ModuleList(loops.values()),
+                "loops": groups,
                 "ln_f": ln_f,
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # arXiv 1608.05859
+        self.cap = partial(softcap, config.logit_softcap) if config.logit_softcap else Identity()
         self.prefix = (
-            ShiftToken(config.max_shift, config.n_embd) if config.predict_ahead else Keep()
+            ShiftToken(config.max_shift, config.n_embd) if config.predict_ahead else Identity()
         )
-        self.ahead = nn.ModuleList(
-            Ahead(config.n_embd, config.n_embd, config.bias) for _ in range(config.n_ahead - 1)
-        )
-        self.exit_gate = EXIT_GATE[config.exit_gate](config)
-        cap = config.logit_softcap
-        self.cap = (lambda logits: cap * torch.tanh(logits / cap)) if cap else Keep(config)
-        self.stages = tuple(
-            loops[stage] if looped else blocks[stage[0]] for stage, looped in config.stages
-        )
+        C, n_further = config.n_embd, config.n_ahead - 1
+        self.ahead = nn.ModuleList(Ahead(C, C, config.bias) for _ in range(n_further))
+        self.exit_gate = make("exit_gate", config)
         self.init_weights()
 
-    def init_weights(self):
-        """By config.init; biases 0, norms 1, and what has an init() of its own by that."""
-        fill, std, output_std = INIT[self.config.init](self.config)
+    def init_weights(self) -> None:
+        """Fill matrices by config.init, biases with 0; a part with an init() starts by that."""
+        fill = TABLES["init"][self.config.init]
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                fill(p, output_std if name.endswith("c_proj.weight") else std)
+                fill(self.config, p, is_output=name.endswith("c_proj.weight"))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         with torch.no_grad():
             for module in self.modules():
-                if isinstance(module, (Inject, Diagonal, Ahead)):
+                if hasattr(module, "init"):
                     module.init()
 
-    def embed(self, idx, cache=None, shift=1):
-        """Token ids (B, T), or embeddings (B, T, C), to x (B, T, C) and where they stand, which a cache knows better.
-        With predict_ahead the token of shift, an int or (B,), comes before the first of them: x (B, T + 1, C)."""
-        seen = 0 if cache is None else cache.length
-        if seen + idx.size(1) > self.block_size:
-            raise ValueError(
-                f"{seen + idx.size(1)} tokens are more than block_size={self.block_size}"
-            )
-        x = idx if idx.is_floating_point() else self.embedding_scale * self.transformer.wte(idx)
-        x = x if seen else self.prefix(x, shift)
-        position, mask = (self if cache is None else cache).look(x, idx)
-        where = Where(position, mask, self.turn(position), idx, cache)
-        return self.transformer.drop(self.transformer.ln_e(self.transformer.wpe(x, where))), where
+    def embed(self, idx: Tensor, cache=None, shift: int | Tensor = 1) -> tuple[Tensor, Context]:
+        """Return x (B, T, C) and the Context of idx: token ids (B, T), or embeddings (B, T, C).
 
-    def schedule(self, n_loop=None):
-        """The stages in order, each with what its call needs besides x: [(block, ()), (loop, (count,)), ...]."""
+        cache: a pass over a decode.Cache, whose tokens come before these. With predict_ahead the
+        token of shift, an int or (B,), comes before the first: x is (B, T + 1, C) then.
+        """
+        n_before = 0 if cache is None else cache.length
+        n_tokens = n_before + idx.size(1)
+        if n_tokens > self.block_size:
+            raise ValueError(f"{n_tokens} tokens are more than block_size={self.block_size}")
+        embeddings = idx.is_floating_point()
+        x = idx if embeddings else self.embedding_scale * self.transformer.wte(idx)
+        if n_before == 0:
+            x = self.prefix(x, shift)
+        source = self if cache is None else cache  # a cache knows where its rows' tokens end
+        position, mask = source.positions_and_mask(x, idx)
+        ctx = Context(position, mask, self.cos_sin(position), idx, cache)
+        return self.transformer.drop(self.transformer.wpe(x, ctx)), ctx
+
+    def schedule(self, n_loop: int | tuple | None = None) -> list[Stage]:
+        """Return the stages of a forward pass, in order, at these loops (as counts takes them)."""
         counts = iter(self.config.counts(n_loop))
-        return [
-            (stage, (next(counts),) if isinstance(stage, Loop) else ()) for stage in self.stages
-        ]
+        stages = zip(self.loops, self.config.stages)
+        return [Stage(loop, next(counts) if looped else 1, looped) for loop, (_, looped) in stages]
 
-    def hidden(self, idx, n_loop=None, cache=None, shift=1):
-        """The last hidden states (B, T, C), which the head reads, of tokens or embeddings as embed takes them."""
-        x, where = self.embed(idx, cache, shift)
-        for stage, count in self.schedule(n_loop):
-            x = stage(x, where, *count)
+    def split(self, n_loop: int | tuple | None = None, group: int = -1):
+        """Return (stages before, stage, stages after) of a looped group; of the last if none is."""
+        stages = self.schedule(n_loop)
+        looped = [i for i, stage in enumerate(stages) if stage.looped] or [len(stages) - 1]
+        i = looped[group]
+        return stages[:i], stages[i], stages[i + 1 :]
+
+    def hidden(self, idx: Tensor, n_loop=None, cache=None, shift: int | Tensor = 1) -> Tensor:
+        """Return the last hidden states (B, T, C), which the head reads. idx as in embed."""
+        x, ctx = self.embed(idx, cache, shift)
+        for stage in self.schedule(n_loop):
+            x = stage(x, ctx)
         return self.transformer.ln_f(x[:, -idx.size(1) :])
 
-    def logits(self, x):
-        """Of hidden states (B, T, C): (B, T, V)."""
+    def logits(self, x: Tensor) -> Tensor:
+        """Project last hidden states (B, T, C) to logits (B, T, V)."""
         return self.cap(self.lm_head(x))
 
-    def forward(self, idx, targets=None, n_loop=None, cache=None, shift=1):
-        """Logits (B, T, V) and loss (nats per token) of idx (B, T), int64, or of embeddings (B, T, C) in its place;
-        without targets logits of the last position (B, 1, V) and None.
-        targets (B, T): the next tokens, -1 for none; with a shift of more than 1 (int or (B,), for a model that was
-        trained to predict_ahead) the tokens so far ahead among them are predicted. n_loop: None (the config's counts),
-        an int >= 1 or one per group, whatever the model was trained at, else ValueError. cache: a decode.Cache of the
-        tokens before."""
+    def forward(self, idx: Tensor, targets: Tensor | None = None, n_loop=None, cache=None, shift=1):
+        """Return (logits, loss): (B, T, V) and nats per token; without targets (B, 1, V) and None.
+
+        idx: as in embed. targets (B, T): the next tokens, -1 for none. n_loop: None (the config's),
+        an int, or one int per group; any count works, whatever the model was trained at. shift: how
+        far ahead to predict, with predict_ahead. ValueError for what cannot be.
+        """
         x = self.hidden(idx, n_loop, cache, shift)
         if targets is None:
             return self.logits(x[:, [-1]]), None
         logits = self.logits(x)
-        return logits, F.cross_entropy(
-            logits.flatten(0, 1), shift_labels(targets, shift).flatten(), ignore_index=-1
-        )
+        targets = shift_labels(targets, shift)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def loops_representation(self, idx, n_loop=None):
-        """The state after every loop of every group: one list per group of n tensors (B, T, C)."""
-        (x, where), groups = self.embed(idx), []
-        for stage, count in self.schedule(n_loop):
-            if count:
-                groups.append(list(stage.states(x, where, *count)))
-            x = stage.exit(groups[-1][-1]) if count else stage(x, where)
+    def loops_representation(self, idx: Tensor, n_loop=None) -> list[list[Tensor]]:
+        """Return the state after every loop: a list per group of n tensors (B, T, C)."""
+        x, ctx = self.embed(idx)
+        groups = []
+        for loop, n, looped in self.schedule(n_loop):
+            states = list(loop.states(x, ctx, n))
+            x = loop.exit(states[-1])
+            if looped:
+                groups.append(states)
         return groups
 
-    def flops_per_token(self, n_loop=None, bptt_k=None):
-        """FLOPs of forward and backward per token of a full window, of all matrix products and attention.
-        Multiply-adds are 2, backward is twice forward, attention not causal (PaLM, arXiv 2204.02311, appendix B);
-        every loop runs forward, the last bptt_k (None: the config's, 0: all) backward."""
+    def flops_per_token(self, n_loop=None, bptt_k: int | None = None) -> int:
+        """Return forward and backward FLOPs per token of a full window: products and attention.
+
+        Multiply-adds are 2, backward twice forward, attention not causal (PaLM, 2204.02311, B). All
+        loops run forward, the last bptt_k (None: the config's, 0: all) backward too.
+        """
         k = self.config.bptt_k if bptt_k is None else bptt_k
         total = 3 * self.forward_flops(self.lm_head)
-        for stage, count in self.schedule(n_loop):
-            n = sum(count) or 1
-            parts = (stage.inject, *stage.blocks) if count else (stage,)
-            total += (n + 2 * min(n, k or n)) * sum(map(self.forward_flops, parts))
-            total += 3 * self.forward_flops(stage.exit) if count else 0
+        for loop, n, _ in self.schedule(n_loop):
+            one_loop = sum(map(self.forward_flops, (loop.inject, *loop.blocks)))
+            total += (n + 2 * min(n, k or n)) * one_loop + 3 * self.forward_flops(loop.exit)
         return total
 
-    def forward_flops(self, part):
-        """Of a module per token of a full window."""
-        modules = list(part.modules()) if isinstance(part, nn.Module) else []  # a function has none
-        linear = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
-        pairs = sum(m.n_products for m in modules if isinstance(m, (Attention, LatentAttention)))
-        return 2 * (linear + self.block_size * pairs)
+    def forward_flops(self, module: nn.Module) -> int:
+        """Return the forward FLOPs of one module, per token of a full window."""
+        parts = list(module.modules())
+        products = sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
+        pairs = self.block_size * sum(getattr(part, "macs_per_pair", 0) for part in parts)
+        return 2 * (products + pairs)
 
-    def get_num_params(self, non_embedding=True):
-        """Number of parameters, each counted once; position embeddings not counted, as in nanoGPT."""
-        left_out = self.transformer.wpe.parameters() if non_embedding else ()
-        return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in left_out)
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Count the parameters; without the position embedding by default, as in nanoGPT."""
+        excluded = self.transformer.wpe.parameters() if non_embedding else ()
+        return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in excluded)
 
 
 # -----------------------------------------------------------------------------
-# spectral clipping
+# shifted labels, spectral clipping
+class ShiftToken(nn.Embedding):
+    """Puts a learned token before x (B, T, C) that says how far ahead to predict."""
+
+    def forward(self, x: Tensor, shift: int | Tensor) -> Tensor:
+        token = super().forward(torch.as_tensor(shift, device=x.device) - 1)
+        return torch.cat((token.expand(x.size(0), -1).unsqueeze(1), x), dim=1)
 
 
-def matrix_sign(W):
-    """U V^T of W = U S V^T (..., m, n), m <= n, by Newton-Schulz: eight coarse steps (Muon's), four that settle."""
+def shift_labels(targets: Tensor, shift: int | Tensor) -> Tensor:
+    """Return the tokens shift (an int or (B,)) ahead of the inputs; -1 beyond targets (B, T)."""
+    T = targets.size(1)
+    shift = torch.as_tensor(shift, device=targets.device).expand(targets.size(0))
+    source = torch.arange(T, device=targets.device) + shift[:, None] - 1  # (B, T)
+    return targets.gather(1, source.clamp(max=T - 1)).masked_fill(source >= T, -1)
+
+
+def spectral_clip(W: Tensor, beta: float) -> Tensor:
+    """Return W (.., m, n) with its singular values above beta brought to beta.
+
+    W - max(P - beta, 0) sign(W) with W = P sign(W), in float32: where the sign of a tiny singular
+    value has not converged, that does no harm (leloykun.github.io/ponder/spectral-clipping).
+    """
+    if W.size(-2) > W.size(-1):
+        return spectral_clip(W.mT, beta).mT
+    sign = matrix_sign(W.float())
+    P = W.float() @ sign.mT
+    excess = (P + P.mT) / 2 - beta * torch.eye(P.size(-1), device=W.device)
+    return (W - (excess + excess @ matrix_sign(excess)) / 2 @ sign).type_as(W)
+
+
+def matrix_sign(W: Tensor) -> Tensor:
+    """Return U V^T of W = U S V^T (.., m, n), m <= n: 8 Newton-Schulz steps of Muon's, 4 exact."""
     X = W / (torch.linalg.matrix_norm(W, keepdim=True) + 1e-30)
     for a, b, c in 8 * [(3.4445, -4.7750, 2.0315)] + 4 * [(1.875, -1.25, 0.375)]:
         A = X @ X.mT
@@ -997,12 +519,481 @@ def matrix_sign(W):
     return X
 
 
-def spectral_clip(W, beta):
-    """W (..., m, n) with its singular values above beta brought to beta (leloykun.github.io/ponder/spectral-clipping).
-    W - max(P - beta, 0) sign(W), W = P sign(W), in float32: signs that have not settled for tiny values do no harm."""
-    if W.size(-2) > W.size(-1):
-        return spectral_clip(W.mT, beta).mT
-    sign = matrix_sign(W.float())
-    P = W.float() @ sign.mT
-    D = (P + P.mT) / 2 - beta * torch.eye(P.size(-1), device=W.device)
-    return (W - (D + D @ matrix_sign(D)) / 2 @ sign).type_as(W)
+# =============================================================================
+# catalogue: what the GPT needs to be GPT-2, Huginn, Ouro, Parcae, Llama, Qwen3, OLMo-2
+# =============================================================================
+# parts of a block, and what stands before and after all blocks
+class LearnedPosition(nn.Embedding):
+    """One learned vector per position, added to the token embedding (GPT-2)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.n_position, config.n_embd)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return x + super().forward(ctx.position)
+
+
+class RotaryPosition(nn.Module):
+    """Rotary positions: angles position * base^(-2i/D), as cos and sin (arXiv 2104.09864)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        width = config.head_dim // 2 if config.attention == "mla" else config.head_dim
+        frequencies = config.rope_base ** (-torch.arange(0, width, 2) / width)
+        if config.rope_scaling:  # Llama 3.1: slow ones divided by factor, fast ones kept, a blend
+            factor, low, high, context = config.rope_scaling
+            wavelengths = context * frequencies / (2 * math.pi)  # that fit in the old context
+            kept = ((wavelengths - low) / (high - low)).clamp(0, 1)
+            frequencies = frequencies * (kept + (1 - kept) / factor)
+        angles = torch.outer(torch.arange(config.n_position), frequencies)  # (n_position, D/2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, position: Tensor) -> tuple[Tensor, Tensor]:  # (.., T)
+        return self.cos[position].unsqueeze(-3), self.sin[position].unsqueeze(-3)
+
+
+def no_rotation(position: Tensor) -> None:
+    """Return the cos and sin of models without rotary positions."""
+
+
+def rotate(x: Tensor, ctx: Context) -> Tensor:
+    """Rotate channels i and i + D/2 of queries or keys (B, H, T, D) by their position's angles."""
+    cos, sin = ctx.cos_sin
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+def causal(x: Tensor, idx: Tensor) -> tuple[Tensor, None]:
+    """Return positions and mask of windows that are one text each."""
+    return torch.arange(x.size(1), device=x.device), None
+
+
+def documents(separator: int, x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions and mask of windows of several documents, each read as if it were alone."""
+    if idx.is_floating_point():
+        raise ValueError("document_separator: needs token ids, embeddings have none")
+    place = torch.arange(idx.size(1), device=idx.device).expand_as(idx)  # (B, T)
+    is_first = F.pad(idx == separator, (1, -1))  # right after a separator
+    start = torch.where(is_first, place, 0).cummax(1).values
+    same_document = start[:, None, :, None] == start[:, None, None, :]  # (B, 1, T, T)
+    return place - start, same_document.tril()
+
+
+def norm_at(place: str, config: GPTConfig) -> nn.Module:
+    """Return the norm at one place around attention and MLP: their input, their output, the sum."""
+    return make("norm", config) if place in TABLES["norm_place"][config.norm_place] else Identity()
+
+
+class WidthNorm(nn.RMSNorm):
+    """RMSNorm over all heads of queries or keys (B, T, H, D) together (OLMo-2)."""
+
+    def __init__(self, config: GPTConfig, n_head: int):
+        super().__init__(n_head * config.head_dim, config.norm_eps or None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
+
+
+class QKBias(nn.Module):
+    """Learned bias of queries or keys (B, T, H, D) (Huginn)."""
+
+    def __init__(self, config: GPTConfig, n_head: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(n_head * config.head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias.view(x.shape[-2:])
+
+
+class ValueEmbedding(nn.Module):
+    """Adds an embedding of each token to its values, times a gate per head (Parcae)."""
+
+    def __init__(self, config: GPTConfig, n_head: int):
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, n_head * config.head_dim)
+        self.gate = nn.Linear(min(32, config.n_embd), n_head, bias=False)
+
+    def forward(self, v: Tensor, x: Tensor, ctx: Context) -> Tensor:  # v (B, T, H, D), x (B, T, C)
+        gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H)
+        return v + gate.unsqueeze(-1) * self.table(ctx.idx).view_as(v)
+
+
+def attend(q, k, v, ctx: Context, dropout: float, scale: float | None = None) -> Tensor:
+    """Return softmax(q k^T) v, (B, H, T, D); k and v may have fewer heads than q."""
+    causal, grouped = ctx.mask is None, k.size(1) != q.size(1)
+    sdpa = F.scaled_dot_product_attention
+    return sdpa(q, k, v, ctx.mask, dropout, causal, scale=scale, enable_gqa=grouped)
+
+
+class LatentAttention(nn.Module):
+    """Keys and values of all heads from one latent vector per token (MLA: 2405.04434, 2.1).
+
+    With rotary positions heads have D/2 more channels, which are rotated; keys share theirs.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int = 0):
+        super().__init__()
+        C, H, D, bias = config.n_embd, config.n_head, config.head_dim, config.bias
+        self.head_dim = D
+        self.n_latent = config.n_latent or C // 2
+        self.rope_dim = D // 2 if config.position == "rope" else 0
+        self.dropout = config.dropout
+        self.c_q = nn.Linear(C, H * (D + self.rope_dim), bias=bias)
+        self.c_latent = nn.Linear(C, self.n_latent + self.rope_dim, bias=bias)
+        self.ln_latent = nn.RMSNorm(self.n_latent, config.norm_eps or None)
+        self.c_up = nn.Linear(self.n_latent, H * 2 * D, bias=False)  # keys and values
+        self.c_proj = nn.Linear(H * D, C, bias=bias)
+        self.macs_per_pair = H * (2 * D + self.rope_dim)
+        self.rotate = rotate if config.position == "rope" else Identity()
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        q = self.c_q(x).unflatten(-1, (-1, self.head_dim + self.rope_dim)).transpose(1, 2)
+        q, q_rope = q.split((self.head_dim, self.rope_dim), dim=-1)  # (B, H, T, ..)
+        kv = self.c_latent(x).unsqueeze(1)  # (B, 1, T, ..)
+        latent, k_rope = kv.split((self.n_latent, self.rope_dim), dim=-1)
+        latent = self.ln_latent(latent)
+        q_rope, k_rope = self.rotate(q_rope, ctx), self.rotate(k_rope, ctx)
+        attention = self.expanded if ctx.cache is None else self.absorbed
+        y = attention(q, q_rope, latent, k_rope, ctx)  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).flatten(-2))
+
+    def expanded(self, q, q_rope, latent, k_rope, ctx: Context) -> Tensor:
+        """Attend with keys and values of every head, made from the latents."""
+        kv = self.c_up(latent.squeeze(1)).unflatten(-1, (-1, 2 * self.head_dim)).transpose(1, 2)
+        k, v = kv.chunk(2, dim=-1)  # (B, H, T, D)
+        k_rope = k_rope.expand(-1, q.size(1), -1, -1)
+        q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, k_rope), dim=-1)
+        return attend(q, k, v, ctx, self.dropout if self.training else 0.0)
+
+    def absorbed(self, q, q_rope, latent, k_rope, ctx: Context) -> Tensor:
+        """Attend to the cached latents: queries absorb the matrix to keys, outputs to values."""
+        up_kv = self.c_up.weight.view(-1, 2 * self.head_dim, self.n_latent)
+        up_k, up_v = up_kv.chunk(2, dim=1)  # (H, D, n_latent)
+        latent, k_rope = ctx.cache.extend(latent, k_rope)
+        q, k = torch.cat((q @ up_k, q_rope), dim=-1), torch.cat((latent, k_rope), dim=-1)
+        scale = (self.head_dim + self.rope_dim) ** -0.5
+        return attend(q, k, latent, ctx, 0.0, scale) @ up_v.mT
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Return the second half of the channels, gated by SiLU of the first (arXiv 2002.05202)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def scaled(activation: Callable, factor: float, x: Tensor) -> Tensor:
+    return factor * activation(x)
+
+
+def softcap(cap: float, logits: Tensor) -> Tensor:
+    """Bound logits smoothly: cap * tanh(logits / cap)."""
+    return cap * torch.tanh(logits / cap)
+
+
+class Ahead(nn.Linear):
+    """Hidden states for one token further ahead, x + SiLU(Linear(x)), initially x (2401.10774)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.silu(super().forward(x))
+
+    def init(self):
+        nn.init.zeros_(self.weight)
+
+
+# -----------------------------------------------------------------------------
+# parts of a loop
+class Diagonal(nn.Linear):
+    """Injection decay * s + dt * B e; each channel's decay is in (0, 1) (Parcae, 2604.12946)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.n_embd, config.n_embd, bias=False)  # B
+        self.A_log = nn.Parameter(torch.zeros(config.n_embd))
+        self.dt_bias = nn.Parameter(torch.empty(config.n_embd))
+
+    def forward(self, s: Tensor, e: Tensor) -> Tensor:
+        dt = F.softplus(self.dt_bias)
+        decay = torch.exp(-dt * self.A_log.exp())
+        return decay * s + dt * super().forward(e)
+
+    def init(self):
+        nn.init.eye_(self.weight)  # B
+        nn.init.constant_(self.dt_bias, math.log(math.expm1(math.log(5) / 2)))  # decay sqrt(1/5)
+
+
+class Add(Identity):
+    """Injection s + e."""
+
+    def forward(self, s: Tensor, e: Tensor) -> Tensor:
+        return s + e
+
+
+def add_share(share: float, s: Tensor, e: Tensor) -> Tensor:
+    """Return s + share * e, what input_injection=residual does after each loop."""
+    return s + share * e
+
+
+class ZeroState(Identity):
+    """First state 0."""
+
+    def forward(self, e: Tensor, ctx: Context) -> Tensor:
+        return torch.zeros_like(e)
+
+
+class NoiseState(nn.Module):
+    """First state Gaussian: fresh noise in training; in eval the same in every call and row."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.std = small_std(config) * config.embedding_scale
+        generator = torch.Generator().manual_seed(0)
+        fixed = torch.randn(config.n_position, config.n_embd, generator=generator)
+        self.register_buffer("fixed", fixed, persistent=False)
+
+    def forward(self, e: Tensor, ctx: Context) -> Tensor:
+        if self.training:
+            return self.std * torch.randn_like(e)
+        return self.std * self.fixed[ctx.position].to(e.dtype).expand_as(e)
+
+
+class LoopNoise(nn.Module):
+    """Noise on the first state in training, where the group loops more than once."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.std = config.loop_noise_scale * small_std(config)
+
+    def forward(self, s: Tensor, n: int | Tensor) -> Tensor:
+        return s + self.std * (n > 1) * torch.randn_like(s) if self.training else s
+
+
+class LearnedIndex(nn.Embedding):
+    """Adds one learned vector per loop; loops beyond max_loops share the last."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.max_loops, config.n_embd)
+
+    def forward(self, s: Tensor, i: int | Tensor) -> Tensor:
+        return s + self.weight[torch.as_tensor(i).clamp(max=self.num_embeddings - 1)]
+
+
+class SinusoidalIndex(nn.Module):
+    """Adds sines and cosines of the loop's number, times a learned gain per channel."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((config.n_embd,), 0.02))
+
+    def forward(self, s: Tensor, i: int | Tensor) -> Tensor:
+        C = s.size(-1)
+        i = torch.as_tensor(i, device=s.device).unsqueeze(-1)
+        angles = i * 10000.0 ** (-torch.arange(0, C, 2, device=s.device) / C)
+        return s + self.gain * torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class NormExit(nn.Module):
+    """The model's last norm, also after the last loop (Huginn)."""
+
+    def __init__(self, config: GPTConfig, ln_f: nn.Module):
+        super().__init__()
+        self.shared = (ln_f,)  # in a tuple: its parameters stay transformer.ln_f's
+
+    def forward(self, s: Tensor) -> Tensor:
+        return self.shared[0](s)
+
+
+class MeanStateGate(nn.Linear):
+    """Logit (B, T, 1) of stopping after a loop, from the mean state of the tokens so far."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.n_embd, 1)
+
+    def forward(self, s: Tensor) -> Tensor:
+        count = torch.arange(1, s.size(1) + 1, device=s.device)[:, None]
+        return super().forward(s.cumsum(1) / count)
+
+
+def geometric(mean: int, generator: torch.Generator) -> int:
+    return int(torch.empty(1).geometric_(min(1 / mean, 1 - 1e-9), generator=generator))
+
+
+def poisson(mean: int, generator: torch.Generator) -> int:
+    """Draw 1 + Poisson(rate), rate log-normal of this mean (Huginn, arXiv 2502.05171, 3.2)."""
+    sigma = 0.5
+    rate = torch.empty(1).log_normal_(math.log(mean) - sigma**2 / 2, sigma, generator=generator)
+    return 1 + int(torch.poisson(rate, generator=generator))
+
+
+# -----------------------------------------------------------------------------
+# inits: is_output is True of matrices whose outputs are added to the residual stream
+def small_std(config: GPTConfig) -> float:
+    """Return sqrt(2 / (5 C)), the unit of Huginn's inits and noise (arXiv 2502.05171)."""
+    return math.sqrt(2 / (5 * config.n_embd))
+
+
+def init_gpt2(config: GPTConfig, p: Tensor, is_output: bool) -> None:
+    nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_physical) if is_output else 0.02)
+
+
+def init_small(config: GPTConfig, p: Tensor, is_output: bool) -> None:
+    """Draw from a normal distribution cut at 3 std, outputs less by effective depth (Huginn)."""
+    std = small_std(config) / math.sqrt(2 * config.n_effective) if is_output else small_std(config)
+    nn.init.trunc_normal_(p, std=std, a=-3 * std, b=3 * std)
+
+
+def init_orthogonal(config: GPTConfig, p: Tensor, is_output: bool) -> None:
+    """Draw an orthogonal matrix; outputs are 0, so that blocks start as the identity (Parcae)."""
+    std = 0.0 if is_output else small_std(config)
+    nn.init.orthogonal_(p, gain=std * math.sqrt(max(p.shape)))
+
+
+# -----------------------------------------------------------------------------
+# tables: the legal values of a field of the config, and what each stands for
+def rmsnorm(config: GPTConfig, gain: bool = True) -> nn.Module:
+    return nn.RMSNorm(config.n_embd, config.norm_eps or None, elementwise_affine=gain)
+
+
+WEIGHTLESS = partial(rmsnorm, gain=False)
+TABLES = {
+    "norm": {
+        "layernorm": lambda c: nn.LayerNorm(c.n_embd, c.norm_eps or 1e-5, bias=c.bias),
+        "rmsnorm": rmsnorm,
+        "weightless": WEIGHTLESS,
+    },
+    "norm_place": {  # which of a branch's input, its output and the sum behind it are normed
+        "pre": ("input",),
+        "post": ("output",),
+        "branch": ("input", "output"),
+        "sum": ("input", "sum"),
+    },
+    "position": ("learned", "rope", "none"),
+    "attention": {"mha": Attention, "mla": LatentAttention},
+    "qk_norm": {  # (config, heads)
+        "none": Identity,
+        "head": lambda config, n_head: nn.RMSNorm(config.head_dim, config.norm_eps or None),
+        "width": WidthNorm,
+        "rotated": Identity,  # after the rotation
+    },
+    "mlp": {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # as GPT-2 was released
+        "relu2": lambda x: F.relu(x).square(),  # Primer, arXiv 2109.08668
+        "swiglu": swiglu,
+    },
+    "input_injection": {  # (s, e) -> s, before the blocks
+        "passthrough": Identity,
+        "add": Add,
+        "inject": Inject,
+        "diagonal": Diagonal,
+        "residual": Identity,  # adds e after the blocks
+    },
+    "state_init": {"input": Identity, "zero": ZeroState, "noise": NoiseState},
+    "loop_norm": {"none": Identity, "rmsnorm": rmsnorm, "weightless": WEIGHTLESS},
+    "loop_entry": {"none": Identity, "rmsnorm": rmsnorm},
+    "loop_embedding": {"none": Identity, "learned": LearnedIndex, "sinusoidal": SinusoidalIndex},
+    "loop_exit": {  # (config, ln_f), after the last loop
+        "none": Identity,
+        "linear": lambda config, ln_f: nn.Linear(config.n_embd, config.n_embd, bias=False),
+        "final_norm": NormExit,
+    },
+    "exit_gate": {  # logit (B, T, 1) of stopping after a loop (Ouro, arXiv 2510.25741)
+        "none": Identity,
+        "state": lambda config: nn.Linear(config.n_embd, 1),
+        "mean_state": MeanStateGate,
+    },
+    "loop_sampling": {  # (mean, generator) -> loops of a step
+        "fixed": lambda mean, generator: mean,
+        "uniform": lambda mean, rng: int(torch.randint(1, 2 * mean, (1,), generator=rng)),
+        "geometric": geometric,
+        "poisson": poisson,
+    },
+    "init": {"gpt2": init_gpt2, "small": init_small, "orthogonal": init_orthogonal},
+}
+LOOP_OFF = {"input_injection": "passthrough", "state_init": "input"}  # a loop of blocks alone
+LOOP_OFF |= dict.fromkeys(("loop_norm", "loop_embedding", "loop_entry", "loop_exit"), "none")
+LOOP_OFF |= {"loop_noise_scale": 0.0, "bptt_k": 0}
+
+
+# -----------------------------------------------------------------------------
+# checks of the config
+def check_config(config: GPTConfig) -> None:
+    """Raise ValueError that names the first field which is wrong, its value and what is allowed."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        kinds = {float: (float, int), tuple: (tuple, list)}.get(field.type, field.type)
+        legal = isinstance(value, kinds) and (field.type is bool or not isinstance(value, bool))
+        require(config, field.name, legal, f"of type {field.type.__name__}")
+        if field.type in (int, float):  # at least the default, or if that is positive, positive
+            least = field.default
+            if least > 0:
+                least = 1 if field.type is int else 1e-9
+            require(config, field.name, least <= value < math.inf, f"finite and at least {least}")
+    for name, table in TABLES.items():
+        require(config, name, getattr(config, name) in table, "one of " + ", ".join(table))
+    check_shape(config)
+    check_groups(config)
+    check_loops(config)
+
+
+def require(config: GPTConfig, name: str, legal: bool, allowed: str) -> None:
+    if not legal:
+        raise ValueError(f"{name}={getattr(config, name)!r}: must be {allowed}")
+
+
+def check_shape(config: GPTConfig) -> None:
+    c, multi_head = config, config.attention == "mha"
+    require(c, "dropout", c.dropout < 1, "at least 0 and less than 1")
+    require(c, "label_shift_prob", c.label_shift_prob <= 1, "more than 0 and at most 1")
+    require(c, "document_separator", c.document_separator < c.vocab_size, "-1 or a token id")
+    if c.predict_ahead:  # its token before the window has no id
+        alone = c.document_separator < 0 and not c.value_embedding
+        require(c, "predict_ahead", alone, "False with document_separator or value_embedding")
+    divides = c.head_size or c.n_embd % c.n_head == 0
+    require(c, "n_embd", divides, f"a multiple of n_head={c.n_head}")
+    divides = c.n_head % (c.n_kv_head or 1) == 0
+    require(c, "n_kv_head", divides, f"0 or a divisor of n_head={c.n_head}")
+    if not multi_head:
+        plain = not (c.n_kv_head or c.qk_bias or c.value_embedding) and c.qk_norm == "none"
+        require(c, "attention", plain, "mha with n_kv_head, qk_norm, qk_bias or value_embedding")
+    if c.position == "rope":
+        pairs = c.head_dim % (2 if multi_head else 4) == 0
+        require(c, "position", pairs, f"another one with heads of {c.head_dim} channels")
+    if c.loop_embedding == "sinusoidal":
+        require(c, "n_embd", c.n_embd % 2 == 0, "even for sinusoids")
+    require(c, "rope_scaling", len(c.rope_scaling) in (0, 4), "() or four numbers")
+
+
+def check_groups(config: GPTConfig) -> None:
+    c = config
+    if c.n_prelude or c.n_coda:
+        require(c, "n_block", c.n_block > 0, "at least 1 with a prelude or coda")
+    if c.n_block:
+        require(c, "loop_groups", not c.loop_groups, "() when n_block says what is looped")
+    allowed = f"ascending runs of blocks below n_layer={c.n_layer}, as [[0,1],[3]]"
+    last = -1
+    for group in c.loop_groups:
+        legal = isinstance(group, (tuple, list)) and all(type(block) is int for block in group)
+        require(c, "loop_groups", legal and len(group) > 0, allowed)
+        consecutive = list(group) == list(range(group[0], group[0] + len(group)))
+        legal = consecutive and last < group[0] and group[-1] < c.n_layer
+        require(c, "loop_groups", legal, allowed)
+        last = group[-1]
+
+
+def check_loops(config: GPTConfig) -> None:
+    c = config
+    looped = bool(c.n_block or c.loop_groups)
+    n_groups = len(c.loop_groups) if c.loop_groups else int(looped)
+    legal = len(c.loop_counts) in (0, n_groups)
+    require(c, "loop_counts", legal, f"() or one count for each of {n_groups}")
+    legal = all(type(n) is int and 1 <= n <= c.max_loops for n in c.loop_counts)
+    require(c, "loop_counts", legal, f"counts from 1 to max_loops={c.max_loops}")
+    most = c.max_loops if looped and not c.loop_counts else 1
+    require(
+        c, "n_loop", c.n_loop <= most, f"at most {most}: max_loops; 1 with loop_counts, no loop"
+    )
+    require(c, "exit_gate", looped or c.exit_gate == "none", "none where nothing is looped")
+    if c.input_injection == "passthrough":
+        legal = c.state_init == "input" and not c.bptt_k
+        allowed = "another one with this state_init or bptt_k: else the prelude gets no gradient"
+        require(c, "input_injection", legal, allowed)

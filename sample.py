@@ -2,12 +2,12 @@
 Text from a trained model:
 
     python sample.py --out_dir=out-quickstart --start="def loop(" --n_loop=8
-    python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --num_samples=3 --temperature=0
-    python sample.py --out_dir=out-quickstart --automatic_loop_exit=True --color        # loops follow the text
-    python sample.py --out_dir=out-quickstart --draft_tokens=4 --draft_loops=1          # the same text, sooner
-    python sample.py --out_dir=out-quickstart --chat                                    # goes on from what you type
+    python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0
+    python sample.py --out_dir=out-quickstart --automatic_loop_exit --color    exit early, in color
+    python sample.py --out_dir=out-quickstart --draft_tokens=4 --draft_loops=1    same text, sooner
+    python sample.py --out_dir=out-quickstart --chat                  continue each line you type
 
-All samples are made at once; the first is shown as it comes.
+All samples are made in one batch; the first is printed as it comes.
 """
 
 import json
@@ -17,101 +17,120 @@ from pathlib import Path
 import torch
 
 import pretrained
-from configurator import clear_errors, configure
+from configurator import check_ranges, clear_errors, configure
 from decode import generate
 from nanorecur.dataset import make_tokenizer
 from nanorecur.exit_rules import make_exit
 from nanorecur.hardware import autocast, compile_works, pack, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
+# what is printed
 out_dir = "out"  # folder of a run, a checkpoint file, an exported folder, gpt2, or hf:<name>
 start = "\n"  # the prompt, or FILE:prompt.txt
 num_samples = 3
-max_new_tokens = 500  # of each sample
-stop = ""  # text before which a sample ends, or FILE:stops.txt with one on each line
-seed = 1337
-# what is drawn
-temperature = 0.8  # 0: always the likeliest token; less than 1: less random
-top_k = 200  # draw from the k likeliest tokens; 0: from all
-top_p = 0.0  # from the fewest that together have this probability; 0: from all
-min_p = 0.0  # from those with this share of the likeliest's probability
-repetition_penalty = 1.0  # of tokens that occurred; 1: none
-# how deep
+max_new_tokens = 500  # tokens of each sample
 n_loop = 0  # loops of every group, any number; 0: as the model was configured
-automatic_loop_exit = False  # each token stops looping by itself
-automatic_loop_exit_threshold = 0.03  # of the rule; 0: never
-exit_rule = "state"  # state, kl, entropy (their change is less than the threshold), argmax (stays so often), gate
-min_loops = 1  # no exit before
-warm_start = False  # each token's state starts from the last one's
-# how
-draft_tokens = 0  # drafted in each round, then verified at full depth; output is as without
-draft_loops = 0  # loops of a draft; 0: the model's heads further ahead
-slots = "full"  # what loops share in the cache: full (nothing), last, mod (n_slot of them), first+shared, shared
-n_slot = 1  # of slots=last and mod
-slide = 0  # tokens by which a full window moves on, 1 is slow; 0: a quarter of it
-chat = False  # goes on from each line that is typed
-color = False  # loops of each token in color, from green (few) to red
-jsonl = False  # a line of JSON for each sample
+temperature = 0.8  # less than 1: less random; 0: always the likeliest token
+top_k = 200  # draw from the k likeliest tokens; 0: from all
+seed = 1337
+chat = False  # continue each line that is typed
+color = False  # color each token by its loops, from green (few) to red (many)
+# when a token stops looping
+automatic_loop_exit = False  # let each token stop looping by itself
+automatic_loop_exit_threshold = 0.03  # what exit_rule is compared with; 0: never stop early
+exit_rule = "state"  # state, kl or entropy (their change), argmax (loops unchanged), gate
+min_loops = 1  # fewest loops of a token
+warm_start = False  # begin each token's state at the last state of the token before it
+# speed
+draft_tokens = 0  # tokens drafted in each round, then verified at full depth: the same output
+draft_loops = 0  # loops that draft; 0: the model's heads further ahead draft
+compile = False  # compile decoding, once for all loop counts; takes a minute at first
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype = "auto"  # float32, or bfloat16 for matrix products; auto: bfloat16 on a GPU that has it
-compile = False  # the decode step, once for all loop counts; takes a minute at first
+# rarely
+top_p = 0.0  # draw from the fewest tokens that together have this probability; 0: from all
+min_p = 0.0  # draw from tokens with this share of the likeliest's probability; 0: from all
+repetition_penalty = 1.0  # makes tokens that occurred less likely; 1: off
+stop = ""  # text before which a sample ends, or FILE:stops.txt with one on each line
+slots = "full"  # what loops share in the cache: full (nothing), last, mod, first+shared, shared
+n_slot = 1  # loops with cells of their own, of slots=last and mod
+slide = 0  # tokens by which a full window moves on; 1 is slow; 0: a quarter of the window
+jsonl = False  # print a line of JSON for each sample
 configure(globals())
 
 
 # -----------------------------------------------------------------------------
-class Shown:
-    """The text of a sample, which grows by tokens and ends before a stop string."""
+class Sample:
+    """A sample as it grows token by token; it ends before a stop string."""
 
-    def __init__(self, live):
-        self.live, self.ids, self.loops, self.text, self.length, self.pieces = (
-            live,
-            [],
-            [],
-            "",
-            0,
-            [],
-        )
+    def __init__(self, live: bool):
+        """live: print text as it comes."""
+        self.live = live
+        self.ids, self.loops = [], []
+        self.text = ""  # of all tokens, without what follows a stop string
+        self.n_final = 0  # characters that further tokens cannot change
+        self.pieces = []  # of the final text, colored
 
-    def add(self, token, loops):
-        """True when the sample is over."""
+    def add(self, token: int, loops: int) -> bool:
+        """Add a token; return True where the sample ends."""
         self.ids.append(token)
         self.loops.append(loops)
         text = tokenizer.decode(self.ids)
         ends = [text.find(word) for word in stops if word in text]
-        open_end = max(
-            (k for word in stops for k in range(1, len(word)) if text.endswith(word[:k])), default=0
-        )
-        safe = (
-            min(ends) if ends else len(text.rstrip("\ufffd")) - open_end
-        )  # what more tokens cannot change
-        self.write(text[self.length : safe], loops)
-        self.text, self.length = text[: min(ends)] if ends else text, max(self.length, safe)
+        if ends:
+            self.text = text[: min(ends)]
+            n_final = len(self.text)
+        else:
+            self.text = text
+            # the last characters may turn into another one, or into a stop string
+            n_final = len(text.rstrip("\ufffd")) - longest_stop_begun(text)
+        self.write(text[self.n_final : n_final], loops)
+        self.n_final = max(self.n_final, n_final)
         return bool(ends)
 
-    def write(self, text, loops):
-        self.pieces.append(painted(text, loops) if text else "")
+    def write(self, text: str, loops: int) -> None:
+        piece = colored(text, loops) if text else ""
+        self.pieces.append(piece)
         if self.live:
-            print(self.pieces[-1], end="", flush=True)
+            print(piece, end="", flush=True)
 
-    def close(self):
+    def close(self) -> None:
         """Print what has not been printed."""
-        last = painted(self.text[self.length :], self.loops[-1]) if self.text[self.length :] else ""
-        print(*([] if self.live else self.pieces), last, sep="", end="", flush=True)
+        if not self.live:
+            print(*self.pieces, sep="", end="")
+        remaining = self.text[self.n_final :]
+        print(colored(remaining, self.loops[-1]) if remaining else "", end="", flush=True)
 
 
-def painted(text, loops):
-    """In the color of so many loops, on a terminal of 256."""
+def longest_stop_begun(text: str) -> int:
+    """Return how many characters at the end of a text may be the beginning of a stop string."""
+    longest = 0
+    for word in stops:
+        for k in range(1, len(word)):
+            if text.endswith(word[:k]):
+                longest = max(longest, k)
+    return longest
+
+
+def colored(text: str, loops: int) -> str:
+    """Return a text in the color of its loops, for a terminal of 256 colors."""
+    if not color:
+        return text
     shades = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
     shade = shades[min(10, 10 * loops // deepest)]
-    return f"\x1b[30;48;5;{shade}m{text}\x1b[0m" if color else text
+    return f"\x1b[30;48;5;{shade}m{text}\x1b[0m"
 
 
-def sample(prompt, rows):
-    """rows continuations of the tokens prompt, the first shown as it comes."""
-    shown = [Shown(live=row == 0 and not jsonl) for row in range(rows)]
-    idx = torch.tensor([prompt] * rows, device=device)
+def sample(prompt: list[int], count: int) -> tuple[list[Sample], dict]:
+    """Return count continuations of the prompt's tokens, and the statistics of generate()."""
+    samples = [Sample(live=row == 0 and not jsonl) for row in range(count)]
+    idx = torch.tensor([prompt] * count, device=device)
+
+    def watch(row: int, token: int, loops: int) -> bool:
+        return samples[row].add(token, loops)
+
     with clear_errors(), autocast(device, torch.float32 if packed else dtype):
-        stats = generate(
+        _, stats = generate(
             model,
             idx,
             max_new_tokens,
@@ -121,52 +140,50 @@ def sample(prompt, rows):
             top_p=top_p or None,
             min_p=min_p or None,
             repetition_penalty=repetition_penalty,
-            generator=generator,
             vocab_size=tokenizer.vocab_size,
+            generator=generator,
             slots=slots,
             n_slot=n_slot,
             slide=slide,
-            exit_rule=exit_when,
+            exit_rule=rule,
             min_loops=min_loops,
             warm_start=warm_start,
             draft_tokens=draft_tokens,
             draft_loops=draft_loops,
             static=compile,
-            watch=lambda row, token, loops: shown[row].add(token, loops),
-        )[1]
-    return shown, stats
+            watch=watch,
+        )
+    return samples, stats
+
+
+def read_text(text: str) -> str:
+    """Return the text, or that of the file in FILE:name."""
+    if not text.startswith("FILE:"):
+        return text
+    return Path(text.removeprefix("FILE:")).read_text("utf-8", "surrogateescape")
 
 
 # -----------------------------------------------------------------------------
 with clear_errors():
-    for name, least in {"num_samples": 1, "max_new_tokens": 0, "top_k": 0, "n_loop": 0}.items():
-        if globals()[name] < least:
-            raise ValueError(f"{name}={globals()[name]}: must be at least {least}")
+    limits = {"num_samples": 1, "max_new_tokens": 0, "top_k": 0, "n_loop": 0}
+    check_ranges(globals(), {name: (least, torch.inf) for name, least in limits.items()})
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    if start.startswith("FILE:"):
-        start = Path(start.removeprefix("FILE:")).read_text("utf-8", "surrogateescape")
-    stops = (
-        Path(stop.removeprefix("FILE:")).read_text("utf-8").splitlines()
-        if stop.startswith("FILE:")
-        else [stop]
-    )
+    start = read_text(start)
+    stops = read_text(stop).splitlines() if stop.startswith("FILE:") else [stop]
     stops = [word for word in stops if word]
     model = pretrained.load(out_dir).to(device)
-    named = pretrained.tokenizer_of(out_dir)
-    if (
-        not named and not 50257 <= model.config.vocab_size <= 50304
-    ):  # what names none has to be GPT-2's, maybe padded
-        raise ValueError(
-            f"{out_dir}: names no tokenizer, and {model.config.vocab_size} ids are not GPT-2's 50,257"
-        )
-    tokenizer = make_tokenizer(named or {"tokenizer": "gpt2"})
+    known = pretrained.tokenizer_of(out_dir)
+    if not known and not 50257 <= model.config.vocab_size <= 50304:  # GPT-2's ids, maybe padded
+        ids = f"{model.config.vocab_size} ids are not GPT-2's 50,257"
+        raise ValueError(f"{out_dir}: names no tokenizer, and {ids}")
+    tokenizer = make_tokenizer(known or {"tokenizer": "gpt2"})
     prompt = [] if chat else tokenizer.encode(start)
     if not prompt and not chat:
         raise ValueError("the prompt is empty: give --start some text, or a file that holds some")
-    exit_when = (
-        make_exit(model, exit_rule, automatic_loop_exit_threshold) if automatic_loop_exit else None
-    )
+    rule = None
+    if automatic_loop_exit:
+        rule = make_exit(model, exit_rule, automatic_loop_exit_threshold)
     deepest = max((*model.config.counts(n_loop or None), 1))
 
 if device.type == "cuda":
@@ -177,35 +194,31 @@ generator = torch.Generator(device).manual_seed(seed)
 
 while chat:
     try:
-        prompt += tokenizer.encode(input("> ") + "\n")
+        line = input("> ")
     except EOFError:
-        break
+        sys.exit()
+    prompt += tokenizer.encode(line + "\n")
     prompt = prompt[-model.block_size :]
-    (answer,), stats = sample(prompt, 1)
+    (answer,), _ = sample(prompt, 1)
     answer.close()
     print()
     prompt += answer.ids
-if chat:
-    sys.exit()
 
 if not jsonl:
     print(start, end="", flush=True)
-shown, stats = sample(prompt, num_samples)
-for number, one in enumerate(shown):
+samples, stats = sample(prompt, num_samples)
+for number, one in enumerate(samples):
     if jsonl:
-        print(
-            json.dumps({"prompt": start, "text": one.text, "tokens": one.ids, "loops": one.loops})
-        )
+        entry = {"prompt": start, "text": one.text, "tokens": one.ids, "loops": one.loops}
+        print(json.dumps(entry))
         continue
     if number:
         print(start, end="")
     one.close()
     print("\n---------------")
-print(
-    f"loops per token {stats['loops']}, {stats['cache_bytes_per_token']:,} bytes of cache per token",
-    file=sys.stderr,
-)
-if exit_when or draft_tokens:
-    used = torch.tensor([loops for one in shown for loops in one.loops], dtype=torch.float)
+cache_bytes = f"{stats['cache_bytes_per_token']:,} bytes of cache per token"
+print(f"loops per token {stats['loops']}, {cache_bytes}", file=sys.stderr)
+if rule or draft_tokens:
+    used = torch.tensor([loops for one in samples for loops in one.loops], dtype=torch.float)
     drafts = f"{stats['accepted']} of {stats['drafted']} drafts accepted"
     print(f"loops used {used.mean():.2f} of {deepest}; {drafts}", file=sys.stderr)

@@ -1,6 +1,8 @@
-# A looped GPT on Python source code, byte by byte, on two CPU cores: two blocks, looped four times on average.
+# A looped GPT on Python source code, byte by byte, on two CPU cores: two blocks, looped four
+# times on average.
 # python train.py config/quickstart.py
-# Loss to expect: 1.34 on validation at 4, 8 and 16 loops, 1.56 at one, after about 200 s (Python 3.11's library).
+# Loss to expect: 1.34 on validation at 4, 8 and 16 loops, 1.56 at one, after about 200 s (Python
+# 3.11's library).
 
 out_dir = "out-quickstart"
 init_from = "auto"  # run again, it goes on or is done
@@ -11,7 +13,7 @@ n_block = 2
 n_loop = 4
 max_loops = 16
 loop_sampling = "poisson"  # another depth each step, so that every depth works
-bptt_k = 3  # gradient through the last three loops: cheaper, and each loop learns to go on from any state
+bptt_k = 3  # gradient through the last three loops: cheaper, and good from any state
 input_injection = "diagonal"  # forgets the old state at a learned rate, so that many loops settle
 state_init = "zero"
 loop_norm = "none"

@@ -1,6 +1,8 @@
-# The looped block of train_shakespeare_char_cpu_looped.py in half the steps: what the recipes beside it compare with.
+# The looped block of train_shakespeare_char_cpu_looped.py in half the steps: what the recipes
+# beside it compare with.
 # python train.py config/recipe.py
-# Loss to expect: 1.713 on validation at 6 loops, the same at 24, 2.017 at one; about 3 minutes on one CPU core.
+# Loss to expect: 1.713 on validation at 6 loops, the same at 24, 2.017 at one; about 3 minutes on
+# one CPU core.
 
 from config.train_shakespeare_char_cpu_looped import *
 

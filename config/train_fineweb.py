@@ -1,5 +1,5 @@
-# A looped GPT on 10B tokens of FineWeb, with the parts of today: 2 + 4x4 + 2 blocks, rotary positions, SwiGLU, RMSNorm,
-# Muon; 115M parameters, one node of 8 GPUs, hours.
+# A looped GPT on 10B tokens of FineWeb, with the parts of today: 2 + 4x4 + 2 blocks, rotary
+# positions, SwiGLU, RMSNorm, Muon; 115M parameters, one node of 8 GPUs, hours.
 # torchrun --standalone --nproc_per_node=8 train.py config/train_fineweb.py
 # Loss to expect: not measured, it needs GPUs. --use_model_baseline=True trains the control.
 

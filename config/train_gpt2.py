@@ -1,6 +1,8 @@
-# GPT-2 (124M) on OpenWebText as nanoGPT trains it: 0.5M tokens per step, 300B tokens, one node of 8 GPUs, days.
+# GPT-2 (124M) on OpenWebText as nanoGPT trains it: 0.5M tokens per step, 300B tokens, one node of
+# 8 GPUs, days.
 # torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-# Loss to expect: nanoGPT reports 2.85 on validation after 5 days on 8 A100 (40 GB). Not measured here.
+# Loss to expect: nanoGPT reports 2.85 on validation after 5 days on 8 A100 (40 GB). Not measured
+# here.
 
 out_dir = "out-gpt2"
 init_from = "auto"  # run again after any death, it goes on

@@ -1,7 +1,7 @@
 # nanoGPT's character-level Shakespeare: a plain GPT of 10.65M parameters, minutes on one GPU.
 # python train.py config/train_shakespeare_char.py
-# Loss to expect: nanoGPT reports a best validation loss of 1.4697 after 3 minutes on one A100 for this model, data and
-# schedule. Not yet measured here: it needs a GPU.
+# Loss to expect: nanoGPT reports a best validation loss of 1.4697 after 3 minutes on one A100 for
+# this model, data and schedule. Not yet measured here: it needs a GPU.
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"

@@ -1,7 +1,7 @@
 # One block on tiny Shakespeare, on a laptop's CPU: a plain GPT of 0.21M parameters.
 # python train.py config/train_shakespeare_char_cpu.py
-# Loss to expect: 1.73 on validation after 2,000 steps, about 50 s on two CPU cores (nanoGPT's README command for the
-# CPU: 0.80M parameters, 1.90, about 110 s on the same ones).
+# Loss to expect: 1.73 on validation after 2,000 steps, about 50 s on two CPU cores (nanoGPT's
+# README command for the CPU: 0.80M parameters, 1.90, about 110 s on the same ones).
 
 out_dir = "out-shakespeare-char-cpu"
 init_from = "auto"  # run again, it goes on or is done

@@ -1,7 +1,8 @@
-# The one block of train_shakespeare_char_cpu.py, looped six times on average, on a laptop's CPU: 0.22M parameters.
+# The one block of train_shakespeare_char_cpu.py, looped six times on average, on a laptop's CPU:
+# 0.22M parameters.
 # python train.py config/train_shakespeare_char_cpu_looped.py
-# Loss to expect: 1.62 to 1.63 on validation from 6 loops on, the same at 12 and 24, 1.92 at one; about 3 minutes on two
-# CPU cores. The same block unlooped (--use_model_baseline=True): 1.73.
+# Loss to expect: 1.62 to 1.63 on validation from 6 loops on, the same at 12 and 24, 1.92 at one;
+# about 3 minutes on two CPU cores. The same block unlooped (--use_model_baseline=True): 1.73.
 
 out_dir = "out-shakespeare-char-cpu-looped"
 init_from = "auto"  # run again, it goes on or is done
@@ -12,7 +13,7 @@ n_block = 1
 n_loop = 6
 max_loops = 32
 loop_sampling = "poisson"  # another depth each step, so that every depth works
-bptt_k = 3  # gradient through the last three loops: cheaper, and each loop learns to go on from any state
+bptt_k = 3  # gradient through the last three loops: cheaper, and good from any state
 input_injection = "diagonal"  # forgets the old state at a learned rate, so that many loops settle
 state_init = "zero"
 loop_norm = "none"

@@ -1,8 +1,8 @@
-# The looped twin of train_shakespeare_char.py: 2 + 2x4 + 2 blocks in place of 6, the same parameters but for the
-# injection, twice the effective depth; minutes on one GPU.
+# The looped twin of train_shakespeare_char.py: 2 + 2x4 + 2 blocks in place of 6, the same
+# parameters but for the injection, twice the effective depth; minutes on one GPU.
 # python train.py config/train_shakespeare_char_looped.py
-# Loss to expect: not yet measured, it needs a GPU. The plain twin's 1.47 is the mark; --use_model_baseline=True runs
-# these same blocks unlooped.
+# Loss to expect: not yet measured, it needs a GPU. The plain twin's 1.47 is the mark;
+# --use_model_baseline=True runs these same blocks unlooped.
 
 out_dir = "out-shakespeare-char-looped"
 dataset = "shakespeare_char"

@@ -1,8 +1,9 @@
-# Multi-head latent attention on tiny Shakespeare, on a laptop's CPU: two plain blocks whose keys and values come from a
-# latent of a quarter of the width. The multi-head twin is the same command with --attention=mha --out_dir=...
+# Multi-head latent attention on tiny Shakespeare, on a laptop's CPU: two plain blocks whose keys
+# and values come from a latent of a quarter of the width. The multi-head twin is the same command
+# with --attention=mha --out_dir=...
 # python train.py config/train_shakespeare_char_mla.py
-# Loss to expect: 1.63 on validation with 384 bytes of cache per token (0.38M parameters), where the multi-head twin has
-# 1.63 with 2,048 (0.40M); about 100 s on two CPU cores.
+# Loss to expect: 1.63 on validation with 384 bytes of cache per token (0.38M parameters), where
+# the multi-head twin has 1.63 with 2,048 (0.40M); about 100 s on two CPU cores.
 
 out_dir = "out-shakespeare-char-mla"
 init_from = "auto"  # run again, it goes on or is done

@@ -1,1 +1,1 @@
-"""Modules that the scripts share. Nothing is installed: the scripts import them from this folder."""
+"""Modules that the scripts share. They are imported from this folder; nothing is installed."""

@@ -1,12 +1,12 @@
 """
-Checkpoints: out_dir/ckpt.pt, one dict with nanoGPT's keys, saved whole or not at all and verified when loaded.
+Checkpoints: out_dir/ckpt.pt, one dict with nanoGPT's keys, written atomically and verified on load.
 
-The one before stays as ckpt_prev.pt, and ckpt.json lists the sha256 of the last few: at any moment of a save one of
-the two files is whole and listed. Only tensors and plain values are ever unpickled. And what else keeps a run safe: the
-lock on its folder, its log when it goes on, and the signals that ask it to save.
+The previous checkpoint stays as ckpt_prev.pt, and ckpt.json lists the sha256 of the last few: at
+any moment of a save, one of the two files is complete and listed. Only tensors and plain values are
+ever unpickled. The other functions here also protect a run: the lock on its folder, the repair of
+its log when it is resumed, and the signals that ask it to save or to end.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -15,18 +15,21 @@ import signal
 import socket
 import sys
 import zipfile
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
+from nanorecur.files import sha256, write_atomically, write_part
+
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder are not kept apart
+except ImportError:  # Windows: a second run in the same folder is not refused
     fcntl = None
 
 NEWEST, PREVIOUS, MANIFEST, LOCK = "ckpt.pt", "ckpt_prev.pt", "ckpt.json", "lock"
-TYPES = {
+FIELD_TYPES = {
     "model": dict,
     "model_args": dict,
     "optimizer": dict,
@@ -40,95 +43,90 @@ TYPES = {
 }
 
 
-def save(folder, checkpoint, keep_last=2):
-    """Write checkpoint (a dict with iter_num) to folder/ckpt.pt, and keep those before up to keep_last in all.
+# -----------------------------------------------------------------------------
+# saving
 
-    OSError if it cannot, ValueError where weights are not finite; what is there is whole then as before.
+
+def save(folder: str | Path, checkpoint: dict, keep_last: int = 2) -> None:
+    """Write a checkpoint to folder/ckpt.pt and keep the newest keep_last checkpoints (at least 2).
+
+    checkpoint: a dict with "iter_num" and "model". Raises ValueError where a weight is not finite
+    and OSError where the file cannot be written; the older checkpoints are then as they were.
     """
     check_finite(checkpoint)
-    newest, previous, *_ = kept = [Path(folder) / name for name in names(keep_last)]
-    part = write_part(newest, lambda file: torch.save(checkpoint, file))
+    folder = Path(folder)
+    paths = [folder / name for name in file_names(keep_last)]
+    part = write_part(folder / NEWEST, lambda file: torch.save(checkpoint, file))
     entry = {
         "sha256": sha256(part),
         "bytes": part.stat().st_size,
         "iter_num": checkpoint["iter_num"],
     }
-    entries = [
-        entry,
-        *read_manifest(folder)[: keep_last + 1],
-    ]  # more, for saves that died between here and the end
-    write_whole(Path(folder) / MANIFEST, json.dumps(entries, indent=1).encode())
-    if newest.exists() and not (
-        previous.exists() and previous.samefile(newest)
-    ):  # the same where a save died below
-        for younger, older in reversed([*pairwise(kept[1:])]):
-            if younger.exists():
-                os.replace(younger, older)
-        os.replace(link_or_move(newest, Path(f"{previous}.part")), previous)
-    os.replace(part, newest)
+    # The list is longer than keep_last: a save that dies below leaves an entry without a file.
+    entries = [entry, *read_manifest(folder)[: keep_last + 1]]
+    write_atomically(folder / MANIFEST, json.dumps(entries, indent=1).encode())
+    shift_names(paths)
+    os.replace(part, folder / NEWEST)
     for path in older_than_previous(folder):
-        if path not in kept:
+        if path not in paths:
             path.unlink()
 
 
-def names(keep_last):
-    """Newest first: ckpt.pt, ckpt_prev.pt, ckpt_prev2.pt, ..."""
+def file_names(keep_last: int) -> list[str]:
+    """Return the names of the checkpoints to keep, newest first: ckpt.pt, ckpt_prev.pt, ..."""
     return [NEWEST, PREVIOUS, *(f"ckpt_prev{age}.pt" for age in range(2, keep_last))]
 
 
-def older_than_previous(folder):
-    """ckpt_prev2.pt and so on, as far as they are there."""
-    found = [
-        path
-        for path in Path(folder).glob("ckpt_prev*.pt")
-        if re.fullmatch(r"ckpt_prev\d{1,9}\.pt", path.name)
-    ]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("ckpt_prev")))
+def shift_names(paths: list[Path]) -> None:
+    """Give each checkpoint the name of the next older one; ckpt.pt keeps its own name besides."""
+    newest, previous = paths[:2]
+    if not newest.exists():
+        return
+    if previous.exists() and previous.samefile(newest):
+        return  # a save that died before its last rename has done this already
+    for age in range(len(paths) - 1, 1, -1):
+        if paths[age - 1].exists():
+            os.replace(paths[age - 1], paths[age])
+    second_name = Path(f"{previous}.part")
+    link_or_move(newest, second_name)
+    os.replace(second_name, previous)
 
 
-def write_part(path, write):
-    """Let write(file) fill path.part, down to the disk, and return its path; nothing is left where that fails."""
-    part = Path(f"{path}.part")
-    part.unlink(missing_ok=True)  # it may be a link to somewhere else
+def link_or_move(path: Path, target: Path) -> None:
+    """Make target a hard link to path, or rename path where the file system has no hard links."""
+    target.unlink(missing_ok=True)
     try:
-        with open(part, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(
-            error, RuntimeError
-        ):  # torch's writer, in which the disk's own error got lost
-            raise OSError(f"{part}: cannot be written ({error.__context__ or error})") from None
-        raise
-    return part
-
-
-def write_whole(path, data):
-    """Bytes to a file: whoever reads it finds all of them or the file before."""
-    os.replace(write_part(path, lambda file: file.write(data)), path)
-
-
-def link_or_move(path, to):
-    """A second name for the same file, or where the file system has no hard links, a new name."""
-    to.unlink(missing_ok=True)
-    try:
-        os.link(path, to)
+        os.link(path, target)
     except OSError:
-        os.replace(path, to)
-    return to
+        os.replace(path, target)
 
 
-def load(source):
-    """The checkpoint dict of a folder (its newest whole one) or of a file, on the CPU.
+def older_than_previous(folder: str | Path) -> list[Path]:
+    """Return the paths of ckpt_prev2.pt, ckpt_prev3.pt, ... that exist, newest first."""
+    ages = {}
+    for path in Path(folder).glob("ckpt_prev*.pt"):
+        match = re.fullmatch(r"ckpt_prev(\d{1,9})\.pt", path.name)
+        if match:
+            ages[path] = int(match[1])
+    return sorted(ages, key=ages.get)
 
-    A file that ckpt.json lists nowhere is taken only where there is no ckpt.json, as in nanoGPT's folders.
-    Raises ValueError that names what is wrong with each file.
+
+# -----------------------------------------------------------------------------
+# loading
+
+
+def load(source: str | Path) -> dict:
+    """Return the checkpoint in a file, or the newest undamaged one of a folder, on the CPU.
+
+    A damaged file of a folder is named on stderr. Where ckpt.json exists, a file that it does not
+    list counts as damaged; nanoGPT's folders have no ckpt.json.
+    Raises ValueError that names every file and what is wrong with it.
     """
-    source, problems = Path(source), []
-    folder = [source / NEWEST, source / PREVIOUS, *older_than_previous(source)]
-    for path in folder if source.is_dir() else (source,):
+    source = Path(source)
+    if not source.is_dir():
+        return read(source)
+    problems = []
+    for path in [source / NEWEST, source / PREVIOUS, *older_than_previous(source)]:
         try:
             checkpoint = read(path)
         except ValueError as error:
@@ -136,22 +134,23 @@ def load(source):
             continue
         for problem in problems:
             print(f"{problem}; going back to {path}", file=sys.stderr)
-        if source.is_dir() and "format" in checkpoint and not read_manifest(source):
-            print(
-                f"{source / MANIFEST}: missing or damaged, {path.name} could not be verified",
-                file=sys.stderr,
-            )
+        if "format" in checkpoint and not read_manifest(source):
+            message = f"missing or damaged, {path.name} could not be verified"
+            print(f"{source / MANIFEST}: {message}", file=sys.stderr)
         return checkpoint
     raise ValueError("; ".join(problems))
 
 
-def exists(folder):
-    """Whether a run has left a checkpoint here, whole or not."""
+def exists(folder: str | Path) -> bool:
+    """Return True where a run has left a checkpoint, damaged or not."""
     return (Path(folder) / NEWEST).exists() or (Path(folder) / PREVIOUS).exists()
 
 
-def read(path):
-    """One checkpoint file, verified against the manifest beside it."""
+def read(path: Path) -> dict:
+    """Return the checkpoint in one file, verified against the ckpt.json beside it, on the CPU.
+
+    Raises ValueError where there is no file, or where it is damaged or not a checkpoint.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint")
     listed = [entry["sha256"] for entry in read_manifest(path.parent)]
@@ -160,17 +159,18 @@ def read(path):
     try:
         check_zip(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        check(checkpoint)
-    except (
-        Exception
-    ) as error:  # torch raises many types for a file it cannot read; all mean the same here
+        check_contents(checkpoint)
+    except Exception as error:  # torch raises many types for a file that it cannot read
         reason = str(error).splitlines()[0][:120] if str(error) else ""
         raise ValueError(f"{path}: not a checkpoint ({type(error).__name__}: {reason})") from None
     return checkpoint
 
 
-def read_manifest(folder):
-    """[{sha256, bytes, iter_num}, ...], newest first; [] where there is none or it is damaged."""
+def read_manifest(folder: str | Path) -> list[dict]:
+    """Return the entries of ckpt.json, dicts of sha256, bytes and iter_num, newest first.
+
+    The list is empty where the file is missing or damaged.
+    """
     try:
         entries = json.loads((Path(folder) / MANIFEST).read_text())
         return [entry for entry in entries if isinstance(entry["sha256"], str)]
@@ -178,132 +178,150 @@ def read_manifest(folder):
         return []
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a state dict into an optimizer. Raises ValueError where it does not fit."""
+    try:
+        optimizer.load_state_dict(state)
+        fits = moments_fit(optimizer)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the optimizer's state cannot be read ({reason})") from None
+    if not fits:
+        raise ValueError("the optimizer's state does not fit the model")
+
+
+def moments_fit(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if every tensor of the state is a scalar or has its parameter's shape."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for tensor in optimizer.state.get(parameter, {}).values():
+                if tensor.dim() > 0 and tensor.shape != parameter.shape:
+                    return False
+    return True
 
 
 # -----------------------------------------------------------------------------
-# what a checkpoint may be: it can come from anywhere, and must cost no more memory than its size
+# checking: a checkpoint can come from anywhere, and must not take more memory than its file's size
 
 
-def check_zip(path):
-    """ValueError for a file of another form than torch writes since 1.6, or compressed, which could fill the memory."""
+def check_zip(path: Path) -> None:
+    """Raise ValueError for a compressed file, and BadZipFile for torch's format before 1.6."""
     with zipfile.ZipFile(path) as file:
-        if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
-            raise ValueError("it holds more than its size")
+        unpacked = sum(entry.file_size for entry in file.infolist())
+    if unpacked > path.stat().st_size:
+        raise ValueError(f"it unpacks to {unpacked:,} bytes, more than its size")
 
 
-def check(checkpoint):
-    """ValueError where a checkpoint is not what a run writes."""
-    checkpoint["model"], checkpoint["model_args"]
-    for name, kind in TYPES.items():
+def check_contents(checkpoint: dict) -> None:
+    """Raise ValueError that names the first field which train.py would not write."""
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"it holds a {type(checkpoint).__name__}, not a dict")
+    for name in ("model", "model_args"):
+        if name not in checkpoint:
+            raise ValueError(f"it has no {name}")
+    for name, kind in FIELD_TYPES.items():
         if name in checkpoint and not isinstance(checkpoint[name], kind):
-            raise ValueError(f"{name} is a {type(checkpoint[name]).__name__}")
+            raise ValueError(f"{name} is of type {type(checkpoint[name]).__name__}")
     if checkpoint.get("iter_num", 0) < 0:
-        raise ValueError(f"iter_num is {checkpoint['iter_num']}")
-    for name, tensor in tensors(checkpoint):
+        raise ValueError(f"iter_num is {checkpoint['iter_num']}, less than 0")
+    for name, tensor in named_tensors(checkpoint):
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(f"{name} is larger than its data")
     for name, tensor in checkpoint["model"].items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{str(name)[:60]} in model is a {type(tensor).__name__}")
+            raise ValueError(f"{str(name)[:60]} in model is of type {type(tensor).__name__}")
     check_finite(checkpoint)
 
 
-def check_finite(checkpoint):
-    """ValueError that names the first weight which is NaN or Inf."""
-    for name, tensor in tensors(
-        {part: checkpoint.get(part) for part in ("model", "training_model")}
-    ):
+def check_finite(checkpoint: dict) -> None:
+    """Raise ValueError that names the first weight with a NaN or Inf."""
+    weights = {name: checkpoint.get(name) for name in ("model", "training_model")}
+    for name, tensor in named_tensors(weights):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or Inf")
 
 
-def restore(optimizer, state):
-    """optimizer.load_state_dict(state), after a look at it. ValueError where it is not this optimizer's."""
-    try:
-        optimizer.load_state_dict(state)
-        own = [p for group in optimizer.param_groups for p in group["params"]]
-        fit = all(
-            t.dim() == 0 or t.shape == p.shape
-            for p in own
-            for t in optimizer.state.get(p, {}).values()
-        )
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"the optimizer's state cannot be read ({type(error).__name__}: {error})"
-        ) from None
-    if not fit:
-        raise ValueError("the optimizer's state does not fit the model")
-
-
-def tensors(part, name="", seen=None):
-    """(name, tensor) of everything in nested dicts and lists, what stands there several times once."""
-    seen = {} if seen is None else seen
-    if id(part) in seen:
+def named_tensors(
+    part: object, name: str = "", seen: set | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (dotted name, tensor) of nested dicts and lists; an object that recurs counts once."""
+    seen = set() if seen is None else seen
+    if id(part) in seen:  # a file can hold a list that contains itself
         return
-    seen[id(part)] = part
+    seen.add(id(part))
     if isinstance(part, torch.Tensor):
         yield name, part
-    elif isinstance(part, (dict, list, tuple)):
-        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
-            yield from tensors(value, f"{name}.{str(key)[:60]}" if name else str(key)[:60], seen)
+    children = {}
+    if isinstance(part, dict):
+        children = part
+    elif isinstance(part, (list, tuple)):
+        children = dict(enumerate(part))
+    for key, value in children.items():
+        child = str(key)[:60]
+        yield from named_tensors(value, f"{name}.{child}" if name else child, seen)
 
 
 # -----------------------------------------------------------------------------
 # a run's folder
 
 
-def lock(folder):
-    """Claim a folder until the file that is returned is closed or this process ends, however that is.
+def lock(folder: str | Path) -> TextIO:
+    """Claim a folder for this process and return the open lock file.
 
-    ValueError where another run has claimed it.
+    The claim ends when the file is closed or the process ends, even by SIGKILL.
+    Raises ValueError where another run has claimed the folder.
     """
-    here = os.O_NOFOLLOW if fcntl else 0  # no link to somewhere else
-    file = open(os.open(Path(folder, LOCK), os.O_RDWR | os.O_CREAT | here, 0o644), "r+")
+    no_links = os.O_NOFOLLOW if fcntl else 0  # the lock file may be a link to a file elsewhere
+    descriptor = os.open(Path(folder, LOCK), os.O_RDWR | os.O_CREAT | no_links, 0o644)
+    file = open(descriptor, "r+")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(
-            f"out_dir={folder}: another run is at work there ({file.read(200).strip()})"
-        ) from None
+        owner = file.read(200).strip()
+        raise ValueError(f"out_dir={folder}: another run is at work there ({owner})") from None
     except OSError as error:  # a file system without locks
-        print(
-            f"{folder}: cannot be locked ({error.strerror}); see that no other run uses it",
-            file=sys.stderr,
-        )
+        message = f"cannot be locked ({error.strerror}); make sure that no other run uses it"
+        print(f"{folder}: {message}", file=sys.stderr)
     file.truncate()
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
 
 
-def cut_log(path, iter_num):
-    """Drop the lines of log.jsonl from iter_num on, which are about to be written again, and one that a kill tore."""
-    lines = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
-    write_whole(path, "".join(f"{line}\n" for line in lines if iteration(line) < iter_num).encode())
+def cut_log(path: str | Path, iter_num: int) -> None:
+    """Remove the lines of log.jsonl that a run resumed at iter_num will write again.
+
+    A line that a kill left incomplete is removed too.
+    """
+    lines = []
+    if Path(path).exists():
+        lines = Path(path).read_text(errors="replace").splitlines()
+    kept = [f"{line}\n" for line in lines if iteration(line) < iter_num]
+    write_atomically(path, "".join(kept).encode())
 
 
-def iteration(line):
+def iteration(line: str) -> float:
+    """Return the "iter" of a line of log.jsonl, infinity where it has none."""
     try:
         return json.loads(line)["iter"]
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
-def listen():
-    """A set in which SIGTERM, SIGINT and SIGUSR1 are noted from now on; a second SIGINT ends the process at once."""
-    asked = set()
+def listen() -> set[int]:
+    """Handle SIGTERM, SIGINT and SIGUSR1 from now on and return the set of signals received.
 
-    def note(number, frame):
-        asked.add(number)
+    The set grows as signals arrive. A second SIGINT ends the process at once.
+    """
+    received = set()
+
+    def handle(number, frame):
+        received.add(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    for name in {"SIGTERM", "SIGINT", "SIGUSR1"} & set(
-        signal.Signals.__members__
-    ):  # Windows has no SIGUSR1
-        signal.signal(signal.Signals[name], note)
-    return asked
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), handle)
+    return received

@@ -1,61 +1,60 @@
 """
-Corpora too large to hold: read document by document from the Hugging Face hub or from local files, tokenized into
-train.bin and val.bin by a prepare script (write_documents), or while a model trains on them, nothing stored (Stream).
+Documents: read a corpus too large to hold, from the Hugging Face hub or from local files.
+
+A prepare script turns the documents into token files (write_documents); train.py --stream trains on
+them while they are read and stores nothing (Stream). Reading and checking the token files is in
+dataset.py.
 """
 
 import glob
 import hashlib
+import itertools
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import read_knobs
 from nanorecur.dataset import (
-    finish,
-    flush,
+    Tokenizer,
+    finish_dataset,
     make_tokenizer,
-    part_of,
+    part_path,
     random_key,
     token_dtype,
-    write_atomically,
-    write_ids,
 )
+from nanorecur.files import flush, write_atomically
 
-JOURNAL = "journal.part"  # how far write_documents came
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+JOURNAL = "journal.part"  # progress of write_documents
+READERS = {  # file suffix: datasets' name of the format, and its options
+    ".parquet": ("parquet", {}),
+    ".jsonl": ("json", {}),
+    ".txt": ("text", {"sample_by": "document"}),
+}
 
 
-def open_corpus(input_files, repository, subset, revision):
-    """The documents of a corpus on the hub, or of local files of the same form, as a datasets.IterableDataset.
+def open_corpus(input_files: str, repository: str, subset: str, revision: str) -> "IterableDataset":
+    """Return the documents of local files, or of a repository on the hub where there are none.
 
-    input_files: globs with commas between them, of .parquet or .jsonl files with a "text" column, or of .txt files, one
-    document each; "" for the hub's repository. Raises ValueError where there is nothing to read.
+    input_files: comma-separated globs of .parquet or .jsonl files with a column "text", or of .txt
+        files, one document each; "" for the hub.
+    Raises ValueError where there is nothing to read.
     """
     import datasets
 
-    paths = sorted(
-        {
-            path
-            for pattern in input_files.split(",")
-            for path in glob.glob(pattern.strip(), recursive=True)
-        }
-    )
-    kinds = {Path(path).suffix for path in paths}
-    readers = {
-        ".parquet": ("parquet", {}),
-        ".jsonl": ("json", {}),
-        ".txt": ("text", {"sample_by": "document"}),
-    }
-    if input_files and (len(kinds) != 1 or not kinds <= set(readers)):
-        raise ValueError(
-            f"input_files={input_files}: {len(paths)} files; expected some, all .parquet, .jsonl or .txt"
-        )
+    if input_files:
+        paths = find_files(input_files)
+        reader, options = READERS[Path(paths[0]).suffix]
     try:
         if input_files:
-            reader, options = readers[kinds.pop()]
             corpus = datasets.load_dataset(
                 reader, data_files=paths, split="train", streaming=True, **options
             )
@@ -63,212 +62,307 @@ def open_corpus(input_files, repository, subset, revision):
             corpus = datasets.load_dataset(
                 repository, subset, split="train", revision=revision, streaming=True
             )
-        next(iter(corpus))["text"]
-    except Exception as error:  # the hub's client, Arrow and json all have their own types
+        first_text(corpus)
+    except Exception as error:  # the hub's client, Arrow and json have types of their own
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-        mend = "" if input_files else "; --input_files= takes local .parquet, .jsonl or .txt files"
-        raise ValueError(f"{input_files or repository}: cannot be read ({reason}){mend}") from None
+        hint = "" if input_files else "; --input_files= takes local .parquet, .jsonl or .txt files"
+        raise ValueError(f"{input_files or repository}: cannot be read ({reason}){hint}") from None
     return corpus
 
 
-def held_out(text, val_share):
-    """Whether a document is for validation: by its text alone, so that it stays there whatever stands around it."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < val_share * 2**64
+def find_files(input_files: str) -> list[str]:
+    """Return the sorted paths that comma-separated globs match.
+
+    Raises ValueError where there are none, or files of several or unknown formats.
+    """
+    paths = set()
+    for pattern in input_files.split(","):
+        paths.update(glob.glob(pattern.strip(), recursive=True))
+    suffixes = {Path(path).suffix for path in paths}
+    if len(suffixes) != 1 or not suffixes <= set(READERS):
+        raise ValueError(
+            f"input_files={input_files}: must match .parquet, .jsonl or .txt files,"
+            f" all of one format, not {len(paths)} files with {sorted(suffixes)}"
+        )
+    return sorted(paths)
+
+
+def first_text(corpus: "IterableDataset") -> str:
+    """Return the text of the first document. Raises ValueError where there is none."""
+    for document in corpus:
+        if "text" not in document:
+            raise ValueError("a document has no column named text")
+        return document["text"]
+    raise ValueError("there are no documents")
+
+
+def held_out(text: str, val_share: float) -> bool:
+    """Return True where a document is for validation.
+
+    That depends on the sha256 of its text alone, not on its place or on other documents.
+    """
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < val_share * 2**64
 
 
 # -----------------------------------------------------------------------------
-# into files
+# documents into token files
 
 
-def write_documents(folder, tokenizer, corpus, val_share, batch=500):
-    """Write train.bin, val.bin and meta.json of a corpus, each document followed by the separator.
+def write_documents(
+    folder: str | Path, meta: dict, corpus: "IterableDataset", val_share: float, batch: int = 500
+) -> dict:
+    """Write train.bin, val.bin and meta.json of a corpus and return the meta.
 
-    tokenizer: as in write_dataset. corpus: what open_corpus returns; two batches of its documents are in memory.
-    val_share: of the documents, about so many are held out. Run again after it was killed, it goes on after the last
-    batch it finished. Returns the meta. Raises ValueError where a split would be empty.
+    Every document is followed by the separator. A call after one that was killed continues behind
+    the last batch that it had finished.
+
+    meta: {"tokenizer": name}, as make_tokenizer takes it. val_share: share of the documents that is
+    held out for validation. batch: documents per batch; two batches are in memory at a time.
+    Raises ValueError where a split would be empty or the reading or writing fails.
     """
-    folder, encoder = Path(folder), make_tokenizer(tokenizer)
-    task = random_key(tokenizer, val_share, corpus.num_shards, next(iter(corpus))["text"])
-    done = read_journal(folder, task, token_dtype(encoder).itemsize)
-    (folder / "meta.json").unlink(missing_ok=True)  # so that no half-written set looks whole
+    folder = Path(folder)
+    tokenizer = make_tokenizer(meta)
+    dtype = token_dtype(tokenizer)
+    task = random_key(meta, val_share, corpus.num_shards, first_text(corpus))
+    progress = read_journal(folder, task, dtype.itemsize)
+    (folder / "meta.json").unlink(missing_ok=True)  # unfinished files must not look complete
 
     def encode(text):
         split = "val" if held_out(text, val_share) else "train"
-        return split, encoder.encode_document(text).astype(token_dtype(encoder)), len(text.encode())
+        return split, tokenizer.encode_document(text).astype(dtype), len(text.encode())
 
     try:
-        append_documents(folder, corpus, encode, batch, done)
+        append_documents(folder, corpus, encode, batch, progress)
     except (OSError, ValueError) as error:  # a full disk, a lost connection, a damaged file
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
             f"{folder}: {reason}; what is done is kept, the same command goes on with it"
         ) from None
-    for split, (tokens, _) in done["sizes"].items():
-        if not tokens:
+    for split, (n_tokens, _) in progress["sizes"].items():
+        if n_tokens == 0:
             raise ValueError(
-                f"val_share={val_share}: none of {done['documents']:,} documents goes to {split}.bin"
+                f"val_share={val_share}: must leave documents for both splits;"
+                f" none of {progress['documents']:,} goes to {split}.bin"
             )
     (folder / JOURNAL).unlink()
-    return finish(folder, tokenizer, done["sizes"])
+    return finish_dataset(folder, meta, progress["sizes"])
 
 
-def append_documents(folder, corpus, encode, batch, done):
-    """Append the rest of the corpus to the split files, noting in done and in the journal what each batch brought."""
-    sizes = done["sizes"]
+def append_documents(
+    folder: Path, corpus: "IterableDataset", encode: Callable, batch: int, progress: dict
+) -> None:
+    """Append the documents that are left to the split files.
+
+    After every batch, progress and the journal are updated: {"documents", "sizes", "corpus"}.
+    """
+    sizes = progress["sizes"]
     with (
-        open(part_of(folder, "train"), "ab") as train,
-        open(part_of(folder, "val"), "ab") as val,
+        open(part_path(folder, "train"), "ab") as train,
+        open(part_path(folder, "val"), "ab") as val,
         tqdm(
-            total=number_of_documents(corpus), initial=done["documents"], unit=" documents"
+            total=number_of_documents(corpus), initial=progress["documents"], unit=" documents"
         ) as bar,
     ):
         files = {"train": train, "val": val}
-        for encoded, state in encode_ahead(corpus, done["corpus"], encode, batch):
-            for split, ids, n_bytes in (document for some in encoded for document in some):
-                sizes[split] = write_ids(files[split], ids, n_bytes, sizes[split])
+        for documents, state in encode_ahead(corpus, progress["corpus"], encode, batch):
+            for split, ids, size in documents:
+                files[split].write(ids.tobytes())
+                n_tokens, n_bytes = sizes[split]
+                sizes[split] = (n_tokens + len(ids), n_bytes + size)
                 bar.update()
             for file in files.values():
                 flush(file)
-            done |= {"documents": bar.n, "corpus": state}
-            write_atomically(folder / JOURNAL, json.dumps(done).encode())
+            progress["documents"] = bar.n
+            progress["corpus"] = state
+            write_atomically(folder / JOURNAL, json.dumps(progress).encode())
 
 
-def encode_ahead(corpus, state, encode, batch):
-    """Yields (encoded documents, state of the corpus after them); threads encode the next batch in the meantime."""
+def encode_ahead(
+    corpus: "IterableDataset", state: dict | None, encode: Callable, batch: int
+) -> Iterator[tuple[Iterable, dict]]:
+    """Yield (encoded documents, state of the corpus behind them) of each batch.
+
+    Threads encode the next batch while the caller handles one. state: where the corpus continues.
+    """
     if state:
         corpus.load_state_dict(state)
+
+    def encode_all(texts):
+        return [encode(text) for text in texts]
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        before = None
-        for texts in corpus.iter(batch_size=batch):
-            shares = [
-                texts["text"][i : i + 20] for i in range(0, len(texts["text"]), 20)
-            ]  # few tasks, small overhead
-            after = pool.map(lambda share: list(map(encode, share)), shares), corpus.state_dict()
-            if before:
-                yield before
-            before = after
-        if before:
-            yield before
+        waiting = None
+        for rows in corpus.iter(batch_size=batch):
+            texts = rows["text"]
+            chunks = [texts[i : i + 20] for i in range(0, len(texts), 20)]  # one task each
+            documents = itertools.chain.from_iterable(pool.map(encode_all, chunks))
+            submitted = (documents, corpus.state_dict())
+            if waiting:
+                yield waiting
+            waiting = submitted
+        if waiting:
+            yield waiting
 
 
-def read_journal(folder, task, itemsize):
-    """How far a killed write_documents came with this task, its files cut back to just that."""
-    done = {"task": task, "documents": 0, "sizes": {"train": (0, 0), "val": (0, 0)}, "corpus": None}
-    parts = {split: part_of(folder, split) for split in done["sizes"]}
+def read_journal(folder: Path, task: int, itemsize: int) -> dict:
+    """Return the progress of a killed write_documents, or that of a new one, and fit its files.
+
+    The split files are cut to the sizes in the journal. task: a key of what is written; the journal
+    of another task is ignored. itemsize: bytes of a token.
+    """
+    progress = {
+        "task": task,
+        "documents": 0,
+        "sizes": {"train": (0, 0), "val": (0, 0)},
+        "corpus": None,
+    }
+    parts = {split: part_path(folder, split) for split in progress["sizes"]}
     for part in parts.values():
         part.touch()
     if (folder / JOURNAL).exists():
         journal = json.loads((folder / JOURNAL).read_text())
-        whole = all(
+        complete = all(
             part.stat().st_size >= journal["sizes"][split][0] * itemsize
             for split, part in parts.items()
         )
-        if journal["task"] == task and whole:
-            done = journal
+        if journal["task"] == task and complete:
+            progress = journal
     for split, part in parts.items():
-        os.truncate(part, done["sizes"][split][0] * itemsize)
-    return done
+        os.truncate(part, progress["sizes"][split][0] * itemsize)
+    return progress
 
 
-def number_of_documents(corpus):
-    """As the hub tells it, or None."""
+def number_of_documents(corpus: "IterableDataset") -> int | None:
+    """Return the number of documents that the hub states, or None where it states none."""
     return corpus.info.splits["train"].num_examples if corpus.info.splits else None
 
 
 # -----------------------------------------------------------------------------
-# into a model
+# documents into training
 
 
-def open_stream(folder, input_files, n_tokens):
-    """The corpus that a folder's prepare.py names, to train on while it is read.
+def open_stream(
+    folder: str | Path, input_files: str, n_tokens: int
+) -> tuple["IterableDataset", dict, np.ndarray]:
+    """Return (corpus, meta, validation tokens) of the corpus that a folder's prepare.py names.
 
-    Returns (corpus, meta, validation): meta as in meta.json, and the first n_tokens or so of the held-out documents.
-    Raises ValueError where the folder names no corpus, or nothing is held out.
+    meta: as in meta.json. The validation tokens are about n_tokens of the held-out documents.
+    Raises ValueError where prepare.py names no corpus, or no document is held out.
     """
     path = Path(folder, "prepare.py")
-    knobs = {name: knob.value for name, knob in read_knobs(path).items()} if path.exists() else {}
-    if "repository" not in knobs:
+    settings = {}
+    if path.exists():
+        settings = {name: knob.value for name, knob in read_knobs(path).items()}
+    if "repository" not in settings:
         raise ValueError(f"{path}: names no corpus that could be streamed")
-    corpus = open_corpus(input_files, knobs["repository"], knobs["subset"], knobs["revision"])
-    meta = {"tokenizer": knobs["tokenizer"], "val_share": knobs["val_share"]}
-    encoder, parts, tokens, n_bytes = make_tokenizer(meta), [], 0, 0
-    for text in (document["text"] for document in corpus):
-        if held_out(text, knobs["val_share"]):
-            parts.append(encoder.encode_document(text).astype(token_dtype(encoder)))
-            tokens, n_bytes = tokens + len(parts[-1]), n_bytes + len(text.encode())
-        if tokens >= n_tokens:
+    source = [settings[name] for name in ("repository", "subset", "revision")]
+    corpus = open_corpus(input_files, *source)
+    val_share = settings["val_share"]
+    meta = {"tokenizer": settings["tokenizer"], "val_share": val_share}
+    tokenizer = make_tokenizer(meta)
+    documents, n_bytes = first_held_out(corpus, tokenizer, val_share, n_tokens)
+    if not documents:
+        raise ValueError(f"{path}: val_share={val_share} holds out no document")
+    validation = np.concatenate(documents)
+    meta["vocab_size"] = tokenizer.vocab_size
+    meta["splits"] = {"val": {"tokens": len(validation), "bytes": n_bytes}}
+    return corpus, meta, validation
+
+
+def first_held_out(
+    corpus: "IterableDataset", tokenizer: Tokenizer, val_share: float, n_tokens: int
+) -> tuple[list[np.ndarray], int]:
+    """Return (ids of each document, bytes of text) of the first held-out documents.
+
+    They are as many documents as n_tokens needs, or all where these are fewer.
+    """
+    documents, found, n_bytes = [], 0, 0
+    for row in corpus:
+        if held_out(row["text"], val_share):
+            ids = tokenizer.encode_document(row["text"]).astype(token_dtype(tokenizer))
+            documents.append(ids)
+            found += len(ids)
+            n_bytes += len(row["text"].encode())
+        if found >= n_tokens:
             break
-    if not parts:
-        raise ValueError(f"{path}: val_share={knobs['val_share']} holds out no document")
-    meta |= {
-        "vocab_size": encoder.vocab_size,
-        "splits": {"val": {"tokens": tokens, "bytes": n_bytes}},
-    }
-    return corpus, meta, np.concatenate(parts)
+    return documents, n_bytes
 
 
 class Stream:
-    """Training batches from a corpus that is read while it is needed.
+    """Training batches from a corpus that is read as they are needed.
 
-    Lane m makes the batches of micro-step m. The lanes share the corpus's files, or where these are fewer its
-    documents, without overlap; documents are packed one after the other with the separator between them, and a lane
-    that is through begins again. So the batches do not depend on the number of processes, each of which takes lanes.
+    Lane m makes the batches of micro-step m. The lanes share the corpus's files (or, if these are
+    fewer, its documents) without overlap. Documents are packed one after the other with the
+    separator between them, and a lane that is through begins again. Each process makes the batches
+    of some lanes, so batches do not depend on the number of processes.
     """
 
-    def __init__(self, corpus, meta, lanes, mine, shape, states):
-        """corpus, meta: from open_stream. lanes: how many; mine: the numbers of this process's.
+    def __init__(
+        self,
+        corpus: "IterableDataset",
+        meta: dict,
+        n_lanes: int,
+        own_lanes: Sequence[int],
+        shape: tuple[int, int],
+        states: dict[int, dict],
+    ):
+        """Start to make the first batch of each of this process's lanes (own_lanes).
 
-        shape: (batch_size, block_size). states: {lane: state} to go on from, as self.states was, or {}.
+        corpus, meta: from open_stream. shape: (batch_size, block_size).
+        states: {lane: state}, self.states of the run to resume, or {}.
         """
-        self.encoder, self.val_share, self.shape = make_tokenizer(meta), meta["val_share"], shape
-        self.states = {lane: states.get(lane, {"corpus": {}, "left": []}) for lane in mine}
-        self.pool = ThreadPoolExecutor(len(mine))
-        self.batches = {lane: self._batches(corpus, lanes, lane) for lane in mine}
-        self.ahead = {
-            lane: self.pool.submit(next, batches) for lane, batches in self.batches.items()
-        }
+        self.tokenizer, self.val_share, self.shape = make_tokenizer(meta), meta["val_share"], shape
+        self.states = {lane: states.get(lane, {"corpus": {}, "left": []}) for lane in own_lanes}
+        self.batches = {lane: self._batches(corpus, n_lanes, lane) for lane in own_lanes}
+        self.pool = ThreadPoolExecutor(len(own_lanes))
+        self.pending = {lane: self.pool.submit(next, self.batches[lane]) for lane in own_lanes}
 
-    def next(self, lane):
-        """x, y (batch_size, block_size), int64, the lane's next; the one after it is begun in the background."""
-        x, y, self.states[lane] = self.ahead[lane].result()
-        self.ahead[lane] = self.pool.submit(next, self.batches[lane])
+    def next(self, lane: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lane's next (x, y), each (batch_size, block_size) int64.
+
+        A thread begins to make the batch after it.
+        """
+        x, y, self.states[lane] = self.pending[lane].result()
+        self.pending[lane] = self.pool.submit(next, self.batches[lane])
         return x, y
 
-    def _batches(self, corpus, lanes, lane):
-        """Yields (x, y, the state to go on from), for ever."""
+    def _batches(self, corpus, n_lanes, lane):
+        """Yield (x, y, state to resume from) without end, epoch after epoch."""
         state = self.states[lane]
         tokens = yield from self._cut(np.array(state["left"], np.int64), state["corpus"])
         while True:
-            part, some = lane_of(corpus, lanes, lane), False
+            share = lane_of(corpus, n_lanes, lane)
             if state["corpus"]:
-                part.load_state_dict(state["corpus"])
-            for texts in part.iter(batch_size=16):
-                documents = [
-                    self.encoder.encode_document(t)
-                    for t in texts["text"]
-                    if not held_out(t, self.val_share)
-                ]
-                tokens, some = np.concatenate((tokens, *documents)), True
-                tokens = yield from self._cut(tokens, part.state_dict())
-            if not some and not state["corpus"]:
+                share.load_state_dict(state["corpus"])
+            is_empty = True
+            for rows in share.iter(batch_size=16):
+                is_empty = False
+                texts = [text for text in rows["text"] if not held_out(text, self.val_share)]
+                documents = [self.tokenizer.encode_document(text) for text in texts]
+                tokens = np.concatenate((tokens, *documents))
+                tokens = yield from self._cut(tokens, share.state_dict())
+            if is_empty and not state["corpus"]:
                 raise ValueError(
-                    f"gradient_accumulation_steps={lanes}: the corpus has too few documents for so many"
+                    f"gradient_accumulation_steps={n_lanes}:"
+                    " the corpus has too few documents for so many"
                 )
             state = {"corpus": {}}
 
-    def _cut(self, tokens, at):
-        """Yields (x, y, the state to go on from) as long as there are tokens for it, and returns the rest of them."""
+    def _cut(self, tokens, corpus_state):
+        """Yield (x, y, state to resume from) while tokens last; return those that are left."""
         B, T = self.shape
         while len(tokens) > B * T:
             x, y, tokens = tokens[: B * T], tokens[1 : B * T + 1], tokens[B * T :]
-            yield x.reshape(B, T), y.reshape(B, T), {"corpus": at, "left": tokens.tolist()}
+            state = {"corpus": corpus_state, "left": tokens.tolist()}
+            yield x.reshape(B, T), y.reshape(B, T), state
         return tokens
 
 
-def lane_of(corpus, lanes, lane):
-    """The documents of one lane: whole files where there are enough of them, else every lanes-th document."""
+def lane_of(corpus: "IterableDataset", n_lanes: int, lane: int) -> "IterableDataset":
+    """Return the documents of one lane: whole files if there are enough, else every n-th one."""
     from datasets.distributed import split_dataset_by_node
 
-    if corpus.num_shards >= lanes:
-        return corpus.shard(lanes, lane)
-    return split_dataset_by_node(corpus, rank=lane, world_size=lanes)
+    if corpus.num_shards >= n_lanes:
+        return corpus.shard(n_lanes, lane)
+    return split_dataset_by_node(corpus, rank=lane, world_size=n_lanes)

@@ -1,9 +1,12 @@
 """
-Token files: data/<name>/train.bin and val.bin, raw little-endian uint16 or uint32 as nanoGPT writes them, and
-meta.json, which says what is in them (tokenizer, vocab_size, dtype; tokens, bytes and sha256 of each split).
+Token files: write, check and read data/<name>/train.bin, val.bin and meta.json.
 
-The order of training is a function of (seed, split, position) alone: each epoch visits every window of the split once,
-in an order of its own, and nothing about it needs saving.
+The .bin files are raw little-endian uint16 or uint32 ids, as nanoGPT writes them; meta.json says
+what they hold (tokenizer, vocab_size, dtype; tokens, bytes and sha256 of each split). Reading the
+documents of a large corpus, into token files or directly into training, is in corpus.py.
+
+The order of training is a function of (seed, split, position) alone: every epoch visits each window
+of the split once, in an order of its own, and a checkpoint need not hold anything about it.
 """
 
 import hashlib
@@ -12,245 +15,265 @@ import os
 import random
 import re
 import urllib.request
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from nanorecur.files import flush, sha256, write_atomically
 
-def random_key(*parts):
-    """A 63-bit integer from ints and strings, the same on every machine: the seed of what happens under that name."""
-    return (
-        int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-    )
+
+def random_key(*parts: object) -> int:
+    """Return a 63-bit integer that depends on the parts alone, the same on every machine.
+
+    parts: ints and strings that name a random event. The key is the event's seed.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 # -----------------------------------------------------------------------------
-# tokenizers: encode(text) -> list of ids, decode(ids) -> text; encode_document(text) -> array with the separator behind
+# tokenizers: each has vocab_size, encode(text) -> list of ids and decode(ids) -> text; those that
+# serve documents have encode_document(text) -> array of ids with the separator at its end
 
 
 class CharTokenizer:
-    """One id per character of a fixed alphabet."""
+    """A tokenizer with one id per character of a fixed alphabet."""
 
-    def __init__(self, meta):
+    def __init__(self, meta: dict):
         self.chars = meta["chars"]
         self.ids = {char: i for i, char in enumerate(self.chars)}
         self.vocab_size = len(self.chars)
 
-    def encode(self, text):
-        strange = sorted(set(text) - set(self.ids))
-        if strange:
-            raise ValueError(
-                f"{''.join(strange[:10])!r} is not in the alphabet of this model: {self.chars!r}"
-            )
+    def encode(self, text: str) -> list[int]:
+        unknown = sorted(set(text) - set(self.ids))
+        if unknown:
+            shown = "".join(unknown[:10])
+            raise ValueError(f"{shown!r} is not in the alphabet of this model: {self.chars!r}")
         return [self.ids[char] for char in text]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.chars[i] for i in ids)
 
 
 class ByteTokenizer:
-    """The bytes of UTF-8; bytes that are no text decode to the replacement character."""
+    """A tokenizer whose ids are the bytes of UTF-8; invalid bytes decode to U+FFFD."""
 
     vocab_size = 256
 
-    def __init__(self, meta):
+    def __init__(self, meta: dict):
         pass
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="surrogateescape"))
 
-    def encode_document(self, text):
-        return np.frombuffer(text.encode() + b"\0", np.uint8)  # no text holds a NUL
+    def encode_document(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode() + b"\0", np.uint8)  # the separator is NUL
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
 class TiktokenTokenizer:
-    """One of tiktoken's encodings by its name, such as gpt2; <|endoftext|> in a text is the token."""
+    """A tiktoken encoding by its name, such as gpt2.
 
-    def __init__(self, meta):
+    <|endoftext|> is one token in a prompt (encode) and plain text in a document (encode_document).
+    """
+
+    def __init__(self, meta: dict):
         import tiktoken
 
         self.encoding = tiktoken.get_encoding(meta["tokenizer"])
         self.vocab_size = self.encoding.n_vocab
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
 
-    def encode_document(self, text):
-        ids = self.encoding.encode_to_numpy(
-            text, disallowed_special=()
-        )  # <|endoftext|> in a document is text
+    def encode_document(self, text: str) -> np.ndarray:
+        ids = self.encoding.encode_to_numpy(text, disallowed_special=())
         return np.append(ids, self.encoding.eot_token)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode(ids)
 
 
-def make_tokenizer(meta):
-    """The tokenizer that meta.json (or a checkpoint) names: "char" with its alphabet, "bytes", or one of tiktoken's."""
+Tokenizer = CharTokenizer | ByteTokenizer | TiktokenTokenizer
+
+
+def make_tokenizer(meta: dict) -> Tokenizer:
+    """Return the tokenizer that meta.json (or a checkpoint) names.
+
+    meta["tokenizer"]: "char" (then meta["chars"] is the alphabet), "bytes" or a tiktoken encoding.
+    """
     check_tokenizer(meta)
-    return {"char": CharTokenizer, "bytes": ByteTokenizer}.get(
-        meta["tokenizer"], TiktokenTokenizer
-    )(meta)
+    classes = {"char": CharTokenizer, "bytes": ByteTokenizer}
+    return classes.get(meta["tokenizer"], TiktokenTokenizer)(meta)
 
 
-def check_tokenizer(meta):
-    """ValueError where the tokenizer is none of these."""
-    name, alphabet = meta.get("tokenizer"), meta.get("chars")
+def check_tokenizer(meta: dict) -> None:
+    """Raise ValueError where the tokenizer's name or alphabet is not well formed."""
+    name = meta.get("tokenizer")
     if not (isinstance(name, str) and re.fullmatch("[A-Za-z0-9_-]{1,99}", name)):
-        raise ValueError(
-            f"tokenizer={str(name)[:60]!r}: must be char, bytes or the name of one of tiktoken's"
-        )
-    if name == "char" and not isinstance(alphabet, str):
+        shown = str(name)[:60]
+        raise ValueError(f"tokenizer={shown!r}: must be char, bytes or a tiktoken encoding's name")
+    if name == "char" and not isinstance(meta.get("chars"), str):
         raise ValueError("chars: must be the alphabet, as one text")
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Return the dtype of the tokenizer's ids in a .bin file."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 # -----------------------------------------------------------------------------
 # writing
 
 
-def write_dataset(folder, tokenizer, splits):
-    """Write train.bin, val.bin and meta.json, each whole or not at all, and print what came out.
+def write_dataset(folder: str | Path, meta: dict, splits: dict[str, Iterable[str | bytes]]) -> dict:
+    """Write train.bin, val.bin and meta.json, print their sizes and return the complete meta.
 
-    tokenizer: {"tokenizer": name, ...}. splits: {"train": texts, "val": texts}, each an iterable of str or bytes
-    (bytes only for the "bytes" tokenizer), written one after the other. Returns the meta.
+    meta: {"tokenizer": name, ...}, as make_tokenizer takes it.
+    splits: {"train": texts, "val": texts}; the texts of a split are written one after the other.
+    Texts of type bytes are for the "bytes" tokenizer alone.
     """
-    folder, encoder = Path(folder), make_tokenizer(tokenizer)
-    sizes = dict.fromkeys(splits, (0, 0))
-    (folder / "meta.json").unlink(missing_ok=True)  # first, so that no half-written set looks whole
+    folder = Path(folder)
+    tokenizer = make_tokenizer(meta)
+    sizes = {}
+    (folder / "meta.json").unlink(missing_ok=True)  # first: unfinished files must not look complete
     for split, texts in splits.items():
-        with open(part_of(folder, split), "wb") as file:
+        n_tokens = n_bytes = 0
+        with open(part_path(folder, split), "wb") as file:
             for text in texts:
                 raw = text if isinstance(text, bytes) else text.encode()
-                ids = (
-                    np.frombuffer(raw, np.uint8)
-                    if isinstance(encoder, ByteTokenizer)
-                    else encoder.encode(text)
-                )
-                sizes[split] = write_ids(
-                    file, np.asarray(ids, token_dtype(encoder)), len(raw), sizes[split]
-                )
+                if isinstance(tokenizer, ByteTokenizer):
+                    ids = np.frombuffer(raw, np.uint8)
+                else:
+                    ids = tokenizer.encode(text)
+                file.write(np.asarray(ids, token_dtype(tokenizer)).tobytes())
+                n_tokens += len(ids)
+                n_bytes += len(raw)
             flush(file)
-    return finish(folder, tokenizer, sizes)
+        sizes[split] = (n_tokens, n_bytes)
+    return finish_dataset(folder, meta, sizes)
 
 
-def write_task(folder, chars, make, sizes, seed):
-    """Write a reasoning task: rows of one length, each a prompt and its answer, and no prompt twice in any split.
+def write_task(
+    folder: str | Path,
+    chars: str,
+    make: Callable[[int, random.Random], tuple[str, str]],
+    sizes: dict[str, dict[int, int]],
+    seed: int,
+) -> dict:
+    """Write a reasoning task and return its meta; no prompt occurs twice in all splits together.
 
-    chars: the alphabet. make(level, rng) -> (prompt, answer), of the same lengths at every level; rng is a
-    random.Random. sizes: {"train": {level: rows}, "val": {...}, "hard": {...}}, a level being an int that says how
-    difficult a row is. meta.json gets "row": {"length", "prompt", "levels": {split: [[level, rows], ...]}}, rows
-    standing in this order. Returns the meta. Raises ValueError where a level has too few different prompts.
+    A row is a prompt and its answer. meta.json gets
+    "row": {"length", "prompt", "levels": {split: [[level, rows], ...]}}; rows stand in this order.
+
+    chars: the alphabet.
+    make: make(level, rng) -> (prompt, answer), of the same two lengths at every level.
+    sizes: {"train": {level: rows}, "val": {...}, "hard": {...}}; a level says how difficult it is.
+    Raises ValueError where a level has too few different prompts.
     """
-    splits, seen, shapes = {split: [] for split in sizes}, set(), set()
-    with tqdm(total=sum(sum(levels.values()) for levels in sizes.values()), unit=" rows") as bar:
-        for split in sorted(sizes):  # hard, train, val
+    splits = {split: [] for split in sizes}
+    seen, shapes = set(), set()
+    total = sum(sum(levels.values()) for levels in sizes.values())
+    with tqdm(total=total, unit=" rows") as bar:
+        for split in sorted(sizes):  # hard before train, so that hard does not depend on its size
             for level, rows in sorted(sizes[split].items()):
-                rng, goal, repeats = (
-                    random.Random(random_key(seed, split, level)),
-                    len(seen) + rows,
-                    0,
-                )
-                while len(seen) < goal:
-                    prompt, answer = make(level, rng)
-                    repeats = repeats + 1 if prompt in seen else 0
-                    if repeats > 10000:
-                        raise ValueError(
-                            f"{split}: level {level} has fewer than {rows:,} different prompts left"
-                        )
-                    if not repeats:
-                        seen.add(prompt)
-                        shapes.add((len(prompt), len(answer)))
-                        splits[split].append(prompt + answer)
-                        bar.update()
-    ((prompt, answer),) = shapes
-    levels = {split: sorted(map(list, sizes[split].items())) for split in sizes}
-    row = {"length": prompt + answer, "prompt": prompt, "levels": levels}
+                rng = random.Random(random_key(seed, split, level))
+                for prompt, answer in new_rows(make, level, rng, rows, seen, split):
+                    shapes.add((len(prompt), len(answer)))
+                    splits[split].append(prompt + answer)
+                    bar.update()
+    if len(shapes) != 1:
+        raise ValueError(f"prompts and answers must have one length each, not {sorted(shapes)}")
+    prompt_length, answer_length = shapes.pop()
+    levels = {split: [list(pair) for pair in sorted(sizes[split].items())] for split in sizes}
+    row = {"length": prompt_length + answer_length, "prompt": prompt_length, "levels": levels}
     return write_dataset(folder, {"tokenizer": "char", "chars": chars, "row": row}, splits)
 
 
-def part_of(folder, split):
+def new_rows(
+    make: Callable, level: int, rng: random.Random, rows: int, seen: set[str], split: str
+) -> Iterator[tuple[str, str]]:
+    """Yield (prompt, answer) for so many prompts that are not in seen, and add them to it.
+
+    Raises ValueError, which names the split, after 10,000 known prompts one after the other.
+    """
+    found = repeats = 0
+    while found < rows:
+        prompt, answer = make(level, rng)
+        if prompt not in seen:
+            seen.add(prompt)
+            found, repeats = found + 1, 0
+            yield prompt, answer
+            continue
+        repeats += 1
+        if repeats > 10000:
+            raise ValueError(
+                f"{split}: level {level} has fewer than {rows:,} different prompts left"
+            )
+
+
+def part_path(folder: str | Path, split: str) -> Path:
+    """Return the path of a split's file until it is complete."""
     return Path(folder, f"{split}.bin.part")
 
 
-def token_dtype(encoder):
-    return np.dtype("<u2" if encoder.vocab_size <= 2**16 else "<u4")
+def finish_dataset(folder: str | Path, meta: dict, sizes: dict[str, tuple[int, int]]) -> dict:
+    """Rename the splits' complete files, write meta.json and return it.
 
-
-def write_ids(file, ids, n_bytes, size):
-    """Append token ids to an open file; (tokens, bytes) of the split grow from size to what is returned."""
-    file.write(ids.tobytes())
-    return size[0] + len(ids), size[1] + n_bytes
-
-
-def finish(folder, tokenizer, sizes):
-    """Give the split files their names, then write the meta.json that says they are whole."""
-    encoder, splits = make_tokenizer(tokenizer), {}
-    for split, (tokens, n_bytes) in sizes.items():
+    sizes: {split: (tokens, bytes of text)}.
+    """
+    tokenizer = make_tokenizer(meta)
+    splits = {}
+    for split, (n_tokens, n_bytes) in sizes.items():
         path = Path(folder, f"{split}.bin")
-        os.replace(part_of(folder, split), path)
-        splits[split] = {"tokens": tokens, "bytes": n_bytes, "sha256": sha256(path)}
-        print(f"{path}: {tokens:,} tokens")
+        os.replace(part_path(folder, split), path)
+        splits[split] = {"tokens": n_tokens, "bytes": n_bytes, "sha256": sha256(path)}
+        print(f"{path}: {n_tokens:,} tokens")
     meta = {
-        **tokenizer,
-        "vocab_size": encoder.vocab_size,
-        "dtype": token_dtype(encoder).name,
+        **meta,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": token_dtype(tokenizer).name,
         "splits": splits,
     }
-    write_atomically(
-        Path(folder, "meta.json"), json.dumps(meta, indent=1, ensure_ascii=False).encode()
-    )
+    text = json.dumps(meta, indent=1, ensure_ascii=False)
+    write_atomically(Path(folder, "meta.json"), text.encode())
     return meta
 
 
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def download(url: str, path: str | Path, size: int, digest: str) -> None:
+    """Download a file of known size and sha256 (digest) unless path holds it already.
 
-
-def flush(file):
-    """Down to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def write_atomically(path, data):
-    """Write bytes under a temporary name, then rename: whoever reads path finds all of them or the file before."""
-    part = Path(f"{path}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        flush(file)
-    os.replace(part, path)
-
-
-def download(url, path, size, sha256):
-    """Fetch a fixed file once. ValueError where there is no network or what came is not that file."""
+    Raises ValueError where there is no network or the download is another file.
+    """
     path = Path(path)
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+    if path.exists() and sha256(path) == digest:
         return
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             data = response.read(size + 1)
     except OSError as error:
+        message = f"could not download {url} ({error}); --input_file= takes a local copy"
+        raise ValueError(message) from None
+    if hashlib.sha256(data).hexdigest() != digest:
         raise ValueError(
-            f"could not download {url} ({error}); --input_file= takes a local copy"
-        ) from None
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(
-            f"{url}: not the expected file of {size:,} bytes with sha256 {sha256[:12]}..."
+            f"{url}: not the expected file of {size:,} bytes with sha256 {digest[:12]}..."
         )
     write_atomically(path, data)
 
 
 # -----------------------------------------------------------------------------
-# reading
+# checking
 
 
-def load_meta(folder):
-    """meta.json of a prepared folder. ValueError with the command that makes it where it is missing or damaged."""
+def load_meta(folder: str | Path) -> dict:
+    """Return meta.json of a prepared folder.
+
+    Raises ValueError with the command that makes it, where it is missing or damaged.
+    """
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -263,110 +286,151 @@ def load_meta(folder):
     return meta
 
 
-def check_meta(meta):
-    """ValueError, KeyError or TypeError where meta.json is not what finish writes."""
-
-    def require(ok, words):
-        if not ok:
-            raise ValueError(words)
-
-    def whole(least, *numbers):
-        return all(type(n) is int and least <= n < 2**62 for n in numbers)
-
-    require(meta["dtype"] in ("uint16", "uint32"), "dtype is neither uint16 nor uint32")
-    require(
-        whole(1, meta["vocab_size"]) and meta["vocab_size"] <= 2**20,
-        "vocab_size is not from 1 to 2**20",
-    )
-    check_tokenizer(meta)
-    for name in {"train", "val"} | set(meta["splits"]):
-        require(whole(0, meta["splits"][name]["tokens"]), f"tokens of {name}")
-        require(
-            whole(1, meta["splits"][name]["bytes"]) or not meta["splits"][name]["tokens"],
-            f"bytes of {name}",
-        )
-    if "row" in meta:
-        length, prompt, levels = (meta["row"][name] for name in ("length", "prompt", "levels"))
-        require(whole(1, length, prompt) and prompt < length, "row's length or prompt")
-        for name, split in meta["splits"].items():
-            known = [len(level) == 2 and whole(0, *level) for level in levels[name]]
-            rows = sum(count for _, count in levels[name]) if all(known) else -1
-            require(rows * length == split["tokens"], f"row's levels of {name}")
-
-
-def prepare_command(folder):
+def prepare_command(folder: str | Path) -> str:
     return f"python {Path(folder) / 'prepare.py'}"
 
 
-def open_split(folder, name, meta, block_size, vocab_size):
-    """A split of a prepared folder. ValueError with the command that mends it where a file is not what meta says."""
-    path, sizes, dtype = (
-        Path(folder, f"{name}.bin"),
-        meta["splits"][name],
-        np.dtype(meta["dtype"]).newbyteorder("<"),
-    )
-    expected, size = sizes["tokens"] * dtype.itemsize, path.stat().st_size if path.exists() else -1
+def check_meta(meta: dict) -> None:
+    """Raise ValueError, KeyError or TypeError where meta is not what finish_dataset writes."""
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError("dtype is neither uint16 nor uint32")
+    if not is_count(meta["vocab_size"], 1) or meta["vocab_size"] > 2**20:
+        raise ValueError("vocab_size is not from 1 to 2**20")
+    check_tokenizer(meta)
+    for name in sorted({"train", "val"} | set(meta["splits"])):
+        n_tokens, n_bytes = meta["splits"][name]["tokens"], meta["splits"][name]["bytes"]
+        if not is_count(n_tokens, 0):
+            raise ValueError(f"tokens of {name} is not a count")
+        if n_tokens and not is_count(n_bytes, 1):
+            raise ValueError(f"bytes of {name} is not a count")
+    if "row" in meta:
+        check_row(meta["row"], meta["splits"])
+
+
+def check_row(row: dict, splits: dict[str, dict]) -> None:
+    """Raise ValueError, KeyError or TypeError where a task's rows do not fit its splits."""
+    length, prompt = row["length"], row["prompt"]
+    if not (is_count(length, 1) and is_count(prompt, 1) and prompt < length):
+        raise ValueError("prompt and length of row are not counts, the first less than the second")
+    for name, split in splits.items():
+        rows = 0
+        for level, count in row["levels"][name]:
+            if not (is_count(level, 0) and is_count(count, 0)):
+                raise ValueError(f"levels of {name} are not pairs of counts")
+            rows += count
+        if rows * length != split["tokens"]:
+            raise ValueError(f"levels of {name} have not as many tokens as {name}")
+
+
+def is_count(value: object, least: int) -> bool:
+    """Return True for an int from least to 2**62 - 1; a bool is not a count."""
+    return type(value) is int and least <= value < 2**62
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+
+def open_split(
+    folder: str | Path, name: str, meta: dict, block_size: int, vocab_size: int
+) -> "Split":
+    """Return a split of a prepared folder; its tokens stay on the disk (memmap).
+
+    Raises ValueError with the command that repairs it, where the file is not what meta says.
+    """
+    path = Path(folder, f"{name}.bin")
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    expected = meta["splits"][name]["tokens"] * dtype.itemsize
+    if not path.exists():
+        raise ValueError(f"{path}: is missing; run: {prepare_command(folder)}")
+    size = path.stat().st_size
     if size != expected:
-        found = f"{size:,} bytes where meta.json says {expected:,}" if size >= 0 else "is missing"
+        found = f"{size:,} bytes where meta.json says {expected:,}"
         raise ValueError(f"{path}: {found}; run: {prepare_command(folder)}")
     tokens = np.memmap(path, dtype, mode="r") if expected else np.zeros(0, dtype)
-    return Split(name, tokens, sizes["bytes"], block_size, vocab_size, meta.get("row"), path)
+    n_bytes = meta["splits"][name]["bytes"]
+    return Split(name, tokens, n_bytes, block_size, vocab_size, meta.get("row"), path)
 
 
 class Split:
-    """Tokens, seen as windows of block_size and their successors, or as a task's rows."""
+    """Tokens as training windows: block_size inputs and their successors, or the rows of a task."""
 
-    SCAN = 2**26  # tokens looked at when a split is opened (0.1 s); the rest as they are drawn
+    SCAN = 2**26  # ids checked on opening (0.1 s); windows() checks the others as they are drawn
 
-    def __init__(self, name, tokens, n_bytes, block_size, vocab_size, row=None, path=""):
-        """row: of meta.json, for a task. path: for what is said of wrong tokens. ValueError for those."""
-        self.split, self.tokens, self.n_tokens, self.n_bytes = name, tokens, len(tokens), n_bytes
-        self.block_size, self.vocab_size, self.row, self.path = (
-            block_size,
-            vocab_size,
-            row,
-            path or name,
-        )
-        self.step = row["length"] if row else block_size  # from one window to the next
-        if row and row["length"] != block_size + 1:
+    def __init__(
+        self,
+        name: str,
+        tokens: np.ndarray,
+        n_bytes: int,
+        block_size: int,
+        vocab_size: int,
+        row: dict | None = None,
+        path: str | Path = "",
+    ):
+        """Check the tokens and count the windows.
+
+        n_bytes: size of the text. row: "row" of a task's meta.json. path: for error messages.
+        Raises ValueError where an id is beyond vocab_size or block_size does not fit.
+        """
+        self.split = name
+        self.tokens = tokens
+        self.n_tokens = len(tokens)
+        self.n_bytes = n_bytes
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.row = row
+        self.path = path or name
+        if row:
+            self.step = row["length"]  # from one window to the next
+            self.n_windows = self.n_tokens // self.step
+        else:
+            self.step = block_size
+            self.n_windows = (self.n_tokens - 1) // self.step  # the last target is a token more
+        if row and self.step != block_size + 1:
             raise ValueError(
-                f"block_size={block_size}: the rows of {self.path} need {row['length'] - 1}"
+                f"block_size={block_size}: the rows of {self.path} need {self.step - 1}"
             )
-        self.n_windows = (self.n_tokens - (not row)) // self.step
         if self.n_windows < 1:
             raise ValueError(
                 f"block_size={block_size}: {self.path} has only {self.n_tokens} tokens"
             )
-        self._check(tokens[: self.SCAN])
+        self._check_ids(tokens[: self.SCAN])
 
-    def _check(self, tokens):
-        top = int(tokens.max())
-        if top >= self.vocab_size:
-            raise ValueError(f"{self.path}: token id {top} is beyond vocab_size={self.vocab_size}")
+    def _check_ids(self, tokens: np.ndarray) -> None:
+        largest = int(tokens.max())
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"{self.path}: token id {largest} is beyond vocab_size={self.vocab_size}"
+            )
 
-    def shuffled(self, positions, seed):
-        """Starts (N,) of the windows at these places of the training order, int64.
+    def shuffled(self, positions: np.ndarray, seed: int) -> np.ndarray:
+        """Return the starts (N,) int64 of the windows at positions (N,) of the training order.
 
-        The first epoch cuts a text into windows from its first token on; each later one from an offset of its own.
+        The first epoch cuts a text into windows from its first token on, each later one from an
+        offset of its own.
         """
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.n_windows)
         starts = np.empty_like(places)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
             key = random_key(seed, self.split, int(epoch))
-            offset = 0 if self.row or not epoch else key % self.step
-            starts[here] = permute(places[here], self.n_windows, key) * self.step + offset
+            offset = key % self.step
+            if self.row or epoch == 0:
+                offset = 0
+            in_epoch = epochs == epoch
+            windows = permute(places[in_epoch], self.n_windows, key)
+            starts[in_epoch] = windows * self.step + offset
         return starts
 
-    def spread(self, count):
-        """Starts of count windows spread evenly over the split, always the same: for evaluation."""
+    def spread(self, count: int) -> np.ndarray:
+        """Return the starts (count,) of evenly spaced windows, for evaluation: always the same."""
         return np.arange(count, dtype=np.int64) * self.n_windows // count * self.step
 
-    def sliding(self, stride):
-        """(starts, fresh): windows stride tokens apart over the whole split, and how many targets each adds at its end.
+    def sliding(self, stride: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (starts, n_scored): windows stride tokens apart, and how many targets count.
 
-        Together they have every token but the first once, with as many before it as such windows can hold; a task's
-        rows are taken one by one.
+        Windows overlap; only the last n_scored targets of a window count, so that every token but
+        the first is scored once, with as much context as block_size allows. Rows of a task do not
+        overlap, and stride is not used.
         """
         if self.row:
             return self.spread(self.n_windows), np.full(self.n_windows, self.block_size)
@@ -374,50 +438,58 @@ class Split:
         starts = np.append(np.arange(0, last, stride), last)
         return starts, np.diff(starts, prepend=-self.block_size)
 
-    def windows(self, starts, fresh=None):
-        """(x, y), each (N, block_size) int64, y one token ahead, or -1 where it is not to be predicted.
+    def windows(
+        self, starts: np.ndarray, n_scored: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (x, y), each (N, block_size) int64: tokens, and targets one token ahead.
 
-        That is inside the prompt of a task's row, and before the last fresh (N,) targets. A window over the end of the
-        split goes on at its beginning.
+        A target is -1, which the loss ignores, inside the prompt of a task's row, and before the
+        last n_scored (N,) targets. A window that reaches the end of the split continues at its
+        beginning.
         """
         places = starts[:, None] + np.arange(self.block_size + 1)
         tokens = self.tokens.take(places, mode="wrap").astype(np.int64)
-        self._check(tokens)
+        self._check_ids(tokens)
         x, y = tokens[:, :-1], tokens[:, 1:].copy()
         if self.row:
             y[:, : self.row["prompt"] - 1] = -1
-        if fresh is not None:
-            y[np.arange(self.block_size) < self.block_size - fresh[:, None]] = -1
+        if n_scored is not None:
+            y[np.arange(self.block_size) < self.block_size - n_scored[:, None]] = -1
         return x, y
 
-    def levels(self, starts):
-        """How difficult the task's rows at these starts are, (N,) ints; all 0 for text."""
+    def levels(self, starts: np.ndarray) -> np.ndarray:
+        """Return the level (N,) of the task's rows at these starts, 0 for text."""
         if not self.row:
             return np.zeros(len(starts), int)
         levels, rows = zip(*self.row["levels"][self.split])
         return np.repeat(levels, rows)[starts // self.step]
 
 
-def permute(places, n, key):
-    """Where a keyed pseudo-random permutation of range(n) takes these places: a Feistel cipher on the next power of 4,
-    applied again to what falls outside (cycle walking)."""
+def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Return the images (N,) int64 of places (N,) under a pseudo-random permutation of range(n).
+
+    It is a Feistel cipher of four rounds on the next power of 4. An image that is not below n is
+    encrypted again until it is (cycle walking; Black and Rogaway, 2002).
+    """
     half = np.uint64(max(1, (n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << int(half)) - 1)
 
     def encrypt(x):
         left, right = x >> half, x & mask
-        for turn in range(4):
-            left, right = right, left ^ (mix(right + np.uint64(random_key(key, turn))) & mask)
+        for i in range(4):
+            left, right = right, left ^ (mix(right + np.uint64(random_key(key, i))) & mask)
         return left << half | right
 
     x = encrypt(np.asarray(places).astype(np.uint64))
-    while (outside := x >= n).any():
+    outside = x >= n
+    while outside.any():
         x[outside] = encrypt(x[outside])
+        outside = x >= n
     return x.astype(np.int64)
 
 
-def mix(x):
-    """The finalizer of SplitMix64 (Steele et al., 2014): every bit of a uint64 array spread over all."""
+def mix(x: np.ndarray) -> np.ndarray:
+    """Return uint64 values hashed so that every bit depends on all (SplitMix64; Steele, 2014)."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)

@@ -1,141 +1,155 @@
 """
-What a model would say after each loop; rules that stop looping then, for decode.generate(), and what they cost.
+Rules that stop looping early, in decoding and evaluation, and predictions after each loop.
 
-A rule is asked by done(carry, s, logits): which tokens (R, T) are done, by the state s (R, T, C) after a loop or by
-logits(), the (R, T, V) that it would give; and what to carry to the next loop, a tuple of tensors (R, ..). start(s)
-gives the first of these from the state before all loops.
+A rule is asked after every loop. start(s) returns what it carries from the state before the first
+loop; measure(carry, s, logits) returns a number per token, and what to carry on, from the state s
+after the loop or from logits(), the logits read out at this loop; reached(measure) says which
+tokens stop. Shapes: s (B, T, C), logits (B, T, V), measure (B, T), carry a tuple of (B, T, ..).
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from model import GPT
 
 
-def around_the_loop(model, n_loop=None, group=-1):
-    """Of a schedule: the stages before the loop of a group, that loop, its count, the stages after it."""
-    schedule = model.schedule(n_loop)
-    place = [number for number, (_, count) in enumerate(schedule) if count][group]
-    return schedule[:place], schedule[place][0], *schedule[place][1], schedule[place + 1 :]
+def after_each_loop(
+    model: GPT, idx: Tensor, n_loop=None, shift: int | Tensor = 1, group: int = -1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield state and last hidden states (B, T, C) after each loop, as if it were the last.
 
-
-def pass_through(stages, x, where):
-    """x (B, T, C) after some stages of a schedule."""
-    for stage, count in stages:
-        x = stage(x, where, *count)
-    return x
-
-
-def rows_of(where, pick):
-    """Of a model.Where some rows of the batch: a slice, or their numbers."""
-    each = [where.position, where.mask, *(where.turn or ())] if where.position.dim() > 1 else []
-    position, mask, *turn = [part if part is None else part[pick] for part in each] or where[:2]
-    return where._replace(
-        position=position, mask=mask, turn=tuple(turn) or where.turn, idx=where.idx[pick]
-    )
-
-
-def after_each_loop(model, idx, n_loop=None, shift=1, group=-1):
-    """Yields state and last hidden states (B, T, C) after each loop of a group, as if it were the last."""
-    (x, where), T = model.embed(idx, shift=shift), idx.size(1)
-    before, loop, n, after = around_the_loop(model, n_loop, group)
-    for s in loop.states(pass_through(before, x, where), where, n):
-        x = pass_through(after, loop.exit(s), where)
+    idx: (B, T). group: which looped group, by default the last. The stages behind it, other groups
+    as often as configured, see these states for all tokens.
+    """
+    before, (loop, n, _), after = model.split(n_loop, group)
+    x, ctx = model.embed(idx, shift=shift)
+    T = idx.size(1)
+    for stage in before:
+        x = stage(x, ctx)
+    for s in loop.states(x, ctx, n):
+        x = loop.exit(s)
+        for stage in after:
+            x = stage(x, ctx)
         yield s[:, -T:], model.transformer.ln_f(x[:, -T:])
 
 
-def exit_distribution(model, states):
-    """(B, T, n): how likely the gate stops after each of n loops, from the states after them (Ouro, section 3)."""
+def exit_distribution(model: GPT, states: list[Tensor]) -> Tensor:
+    """Return the probability (B, T, n) that the gate stops after each of n loops (Ouro, section 3).
+
+    states: those after each loop, n of (B, T, C). What is left after the last loop stops there.
+    """
     go_on = torch.sigmoid(-torch.cat([model.exit_gate(s) for s in states], dim=-1))  # (B, T, n)
     reached = F.pad(go_on[..., :-1], (1, 0), value=1.0).cumprod(-1)
-    return torch.cat((reached[..., :-1] * (1 - go_on[..., :-1]), reached[..., -1:]), dim=-1)
+    stops = reached[..., :-1] * (1 - go_on[..., :-1])
+    return torch.cat((stops, reached[..., -1:]), dim=-1)
 
 
 # -----------------------------------------------------------------------------
 # rules
 
 
-def state_change(before, s):
-    """|s - before| / |s| of states (.., C): (..)."""
+def state_change(before: Tensor, s: Tensor) -> Tensor:
+    """Return |s - before| / |s| of states (.., C), shape (..)."""
     return (s - before).norm(dim=-1) / s.norm(dim=-1)
 
 
-def kl(p, q):
-    """KL(p || q) in nats of log-probabilities (.., V): (..)."""
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p || q) in nats of log-probabilities (.., V), shape (..)."""
     return (p.exp() * (p - q)).sum(-1)
 
 
-def entropy(p):
-    """In nats of log-probabilities (.., V): (..)."""
+def entropy(p: Tensor) -> Tensor:
+    """Return the entropy in nats of log-probabilities (.., V), shape (..)."""
     return -(p.exp() * p).sum(-1)
 
 
 class StateExit(NamedTuple):
-    """|s - before| / |s| < threshold (Huginn's latent-diff, arXiv 2502.05171, section 6)."""
+    """Stop when |s - before| / |s| < threshold (Huginn's latent-diff, arXiv 2502.05171, 6)."""
 
     threshold: float
 
-    def start(self, s):
+    def start(self, s: Tensor) -> tuple:
         return (s,)
 
-    def done(self, carry, s, logits):
-        return state_change(carry[0], s) < self.threshold, (s,)
+    def measure(self, carry: tuple, s: Tensor, logits: Callable) -> tuple[Tensor, tuple]:
+        return state_change(carry[0], s), (s,)
+
+    def reached(self, measure: Tensor) -> Tensor:
+        return measure < self.threshold
 
 
 class KLExit(NamedTuple):
-    """KL(before || now) of the next token < threshold, in nats; uniform at first."""
+    """Stop when KL(before || now) of the next token < threshold, in nats; uniform at first."""
 
     threshold: float
 
-    def start(self, s):
+    def start(self, s: Tensor) -> tuple:
         return (s.new_zeros(*s.shape[:2], 1),)
 
-    def done(self, carry, s, logits):
+    def measure(self, carry: tuple, s: Tensor, logits: Callable) -> tuple[Tensor, tuple]:
         now = logits().float().log_softmax(-1)
         before = carry[0].expand_as(now).log_softmax(-1)
-        return kl(before, now) < self.threshold, (now,)
+        return kl(before, now), (now,)
+
+    def reached(self, measure: Tensor) -> Tensor:
+        return measure < self.threshold
 
 
 class EntropyExit(NamedTuple):
-    """|H(before) - H(now)| of the next token < threshold, in nats; infinite at first."""
+    """Stop when the next token's entropy moves by < threshold, in nats; infinite at first."""
 
     threshold: float
 
-    def start(self, s):
+    def start(self, s: Tensor) -> tuple:
         return (s.new_full(s.shape[:2], torch.inf, dtype=torch.float),)
 
-    def done(self, carry, s, logits):
+    def measure(self, carry: tuple, s: Tensor, logits: Callable) -> tuple[Tensor, tuple]:
         now = entropy(logits().float().log_softmax(-1))
-        return (now - carry[0]).abs() < self.threshold, (now,)
+        return (now - carry[0]).abs(), (now,)
+
+    def reached(self, measure: Tensor) -> Tensor:
+        return measure < self.threshold
 
 
 class ArgmaxExit(NamedTuple):
-    """The likeliest token is the same after threshold loops as after the one before them."""
+    """Stop when the likeliest token has stayed the same for threshold loops."""
 
     threshold: float
 
-    def start(self, s):
-        none = s.new_full(s.shape[:2], -1, dtype=torch.long)
-        return none, torch.zeros_like(none)
+    def start(self, s: Tensor) -> tuple:
+        no_token = s.new_full(s.shape[:2], -1, dtype=torch.long)
+        return no_token, torch.zeros_like(no_token)
 
-    def done(self, carry, s, logits):
+    def measure(self, carry: tuple, s: Tensor, logits: Callable) -> tuple[Tensor, tuple]:
+        before, count = carry
         now = logits().argmax(-1)
-        count = (carry[1] + 1) * (now == carry[0])
-        return count >= self.threshold, (now, count)
+        count = (count + 1) * (now == before)
+        return count, (now, count)
+
+    def reached(self, measure: Tensor) -> Tensor:
+        return measure >= self.threshold
 
 
 class GateExit(NamedTuple):
-    """The model's gate would have stopped by now with a probability >= threshold (Ouro, arXiv 2510.25741)."""
+    """Stop when the model's gate has stopped by now with probability >= threshold (Ouro)."""
 
     threshold: float
     gate: torch.nn.Module
 
-    def start(self, s):
+    def start(self, s: Tensor) -> tuple:
         return (s.new_ones(s.shape[:2], dtype=torch.float),)
 
-    def done(self, carry, s, logits):
+    def measure(self, carry: tuple, s: Tensor, logits: Callable) -> tuple[Tensor, tuple]:
         going = carry[0] * torch.sigmoid(-self.gate(s).squeeze(-1).float())
-        return 1 - going >= self.threshold, (going,)
+        return 1 - going, (going,)
+
+    def reached(self, measure: Tensor) -> Tensor:
+        return measure >= self.threshold
 
 
 EXITS = {
@@ -145,70 +159,111 @@ EXITS = {
     "argmax": ArgmaxExit,
     "gate": GateExit,
 }
+ExitRule = StateExit | KLExit | EntropyExit | ArgmaxExit | GateExit
 
 
-def make_exit(model, rule, threshold):
-    """An exit rule for generate(), None at threshold 0, which is off; ValueError for what the model cannot do."""
+def make_exit(model: GPT, rule: str, threshold: float) -> ExitRule | None:
+    """Return an exit rule, None at threshold 0, which is off. ValueError where it cannot be."""
     if rule not in EXITS:
         raise ValueError(f"exit_rule={rule!r}: must be one of {', '.join(EXITS)}")
     most = 1.0 if rule == "gate" else torch.inf
     if not (0 <= threshold <= most and threshold < torch.inf):
-        raise ValueError(
-            f"automatic_loop_exit_threshold={threshold}: must be from 0 to {most} for exit_rule={rule}"
-        )
+        allowed = f"from 0 to {most} for exit_rule={rule}"
+        raise ValueError(f"automatic_loop_exit_threshold={threshold}: must be {allowed}")
     if not model.config.groups:
         raise ValueError("automatic_loop_exit: nothing is looped in this model")
     if rule == "gate" and model.config.exit_gate == "none":
         raise ValueError("exit_rule=gate: needs a model with a gate, exit_gate=state or mean_state")
-    return (
-        EXITS[rule](threshold, *([model.exit_gate] if rule == "gate" else []))
-        if threshold
-        else None
-    )
+    if threshold == 0:
+        return None
+    return GateExit(threshold, model.exit_gate) if rule == "gate" else EXITS[rule](threshold)
 
 
 # -----------------------------------------------------------------------------
 # evaluation with exit
 
 
-class StandIn:
-    """In place of a cache in a full forward: tokens that are done keep the keys and values of their last loop."""
+class FrozenCache:
+    """A cache for exits in one forward pass over all tokens: those that stopped keep their keys.
+
+    Each call of attention in a loop overwrites the keys and values of the loop before it, but for
+    those of tokens that have stopped (B, T): other tokens go on reading what these had last.
+    """
 
     def __init__(self):
-        self.kept, self.turn, self.done = {}, 0, None
+        self.stored = []  # a list of parts (B, heads, T, channels) for each call in a loop
 
-    def extend(self, *new):
-        if self.turn in self.kept:
-            done = self.done[:, None, :, None]
-            new = [torch.where(done, old, part) for old, part in zip(self.kept[self.turn], new)]
-        self.kept[self.turn], self.turn = new, self.turn + 1
-        return new
+    def begin_loop(self, stopped: Tensor) -> None:
+        self.stopped = stopped[:, None, :, None]
+        self.call = 0
+
+    def extend(self, *new: Tensor) -> list[Tensor]:
+        if self.call == len(self.stored):
+            self.stored.append(new)
+        else:
+            pairs = zip(self.stored[self.call], new)
+            self.stored[self.call] = [torch.where(self.stopped, old, part) for old, part in pairs]
+        self.call += 1
+        return self.stored[self.call - 1]
 
 
 @torch.no_grad()
-def exit_evaluation(model, idx, targets, exit_rule, n_loop=None, min_loops=1):
-    """(loss, loops): mean cross-entropy of targets (B, T), -1 ignored, and mean loops of the last group, with exit.
+def exit_logits(
+    model: GPT,
+    idx: Tensor,
+    exit_rule: ExitRule | None,
+    n_loop=None,
+    min_loops: int = 1,
+    group: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Return logits (B, T, V) of idx (B, T), and the loops of a group that each token made.
 
-    Each token stops by the rule (make_exit; None: never) as it would in decoding one by one, where deeper loops of
-    later tokens read its deepest keys and values: the same numbers, in n_loop steps for all tokens. With rules that
-    read logits and blocks behind the loop it is close to that, not the same: such a block then sees the tokens before
-    as they are after as many loops, in decoding as they are in the end.
+    Tokens stop by the rule (None: never), from min_loops on, as they do in decoding one by one,
+    where deeper loops of later tokens read a stopped token's deepest keys and values: the same
+    numbers, in n loops over all tokens at once. With rules that read logits in a model with blocks
+    behind the loop it is close to that and not equal: these blocks see earlier tokens as they are
+    after as many loops, in decoding as they are in the end.
     """
-    (x, where), T = model.embed(idx), idx.size(1)
-    before, loop, n, after = around_the_loop(model, n_loop)
+    before, (loop, n, _), after = model.split(n_loop, group)
+    x, ctx = model.embed(idx)
+    T = idx.size(1)
+    for stage in before:
+        x = stage(x, ctx)
 
-    def readout(s):
-        return model.transformer.ln_f(pass_through(after, loop.exit(s), where))
+    def hidden(s: Tensor) -> Tensor:
+        x = loop.exit(s)
+        for stage in after:
+            x = stage(x, ctx)
+        return model.transformer.ln_f(x)
 
-    e, kept = loop.entry(pass_through(before, x, where)), StandIn()
-    s = loop.init_state(e, where)
-    carry, used = exit_rule and exit_rule.start(s), torch.full(e.shape[:2], n, device=e.device)
+    def read_out(s: Tensor) -> Tensor:
+        return model.logits(hidden(s))
+
+    e, s = loop.begin(x, ctx, n)
+    cache = FrozenCache()
+    carry = exit_rule.start(s) if exit_rule else ()
+    used = torch.full(e.shape[:2], n, device=e.device)
     for i in range(n):
-        kept.turn, kept.done = 0, used <= i
-        s = torch.where(kept.done.unsqueeze(-1), s, loop.step(s, e, i, where._replace(cache=kept)))
+        stopped = used <= i
+        cache.begin_loop(stopped)
+        new = loop.step(s, e, i, ctx._replace(cache=cache))
+        s = torch.where(stopped.unsqueeze(-1), s, new)
         if exit_rule:
-            done, carry = exit_rule.done(carry, s, lambda s=s: model.logits(readout(s)))
-            used = torch.where(done & (used > i + 1) & (i + 1 >= min_loops), i + 1, used)
-    real, logits = targets >= 0, model.logits(readout(s)[:, -T:])
+            measure, carry = exit_rule.measure(carry, s, partial(read_out, s))
+            stops = exit_rule.reached(measure) & (used > i + 1) & (i + 1 >= min_loops)
+            used = torch.where(stops, i + 1, used)
+    return model.logits(hidden(s)[:, -T:]), used[:, -T:]
+
+
+def exit_evaluation(
+    model: GPT,
+    idx: Tensor,
+    targets: Tensor,
+    exit_rule: ExitRule | None,
+    n_loop=None,
+    min_loops: int = 1,
+) -> tuple[float, float]:
+    """Return (loss, loops): mean nats of targets (B, T), -1 ignored, and mean loops, with exit."""
+    logits, used = exit_logits(model, idx, exit_rule, n_loop, min_loops)
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-    return loss.item(), used[:, -T:][real].float().mean().item()
+    return loss.item(), used[targets >= 0].float().mean().item()

@@ -1,9 +1,10 @@
 """
-The machine as the scripts see it: which device and precision, its peak FLOP/s, its clock and its memory.
+The machine: devices, number types, data sheets, peak FLOP/s, memory, weights packed for a CPU.
 """
 
 import contextlib
 import functools
+import os
 import re
 import sys
 import time
@@ -12,20 +13,24 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Gpu(NamedTuple):
-    """Of a vendor's data sheet: dense peaks in FLOP/s (0: it has none), memory in GiB, and what one device sends to
-    others of its node, in bytes/s one way: NVLink, Infinity Fabric or PCIe."""
+    """Numbers of a vendor's data sheet."""
 
-    bfloat16: float
-    float32: float  # with TF32 where there is such
-    memory: int
-    link: float
+    bfloat16: float  # dense peak in FLOP/s; 0: it has no such products
+    float32: float  # the same; with TF32 where there is such
+    memory: float  # GiB
+    link: float  # bytes/s, one way, to others of its node: NVLink, Infinity Fabric or PCIe
 
 
-# By words of the name torch gives; the first that fits. An MI250X is two devices, and the numbers are those of one.
+# Keys are words of the names that torch gives; the first that fits counts. An MI250X is two
+# devices, and the numbers are those of one.
 GPUS = {
     "B200": Gpu(2250e12, 1125e12, 180, 900e9),
     "GB200": Gpu(2500e12, 1250e12, 186, 900e9),
@@ -62,107 +67,155 @@ GPUS = {
     "MI250X": Gpu(191.5e12, 47.9e12, 64, 200e9),
     "MI210": Gpu(181e12, 45.3e12, 64, 32e9),
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def pick_device(name):
-    """A torch.device from "cpu", "cuda", "cuda:1", "mps", or "auto" for the best there is. ValueError if it is not."""
-    here = {
+# -----------------------------------------------------------------------------
+# device and number type
+def pick_device(name: str) -> torch.device:
+    """Return the device of a name: cpu, cuda, cuda:1, mps, or auto for the best there is.
+
+    ValueError where there is no such device.
+    """
+    present = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        name = next(kind for kind, there in here.items() if there)
+        name = [kind for kind in present if present[kind]][0]
     kind, _, index = name.partition(":")
-    if kind not in here or (index and not index.isdecimal()):
+    if kind not in present or (index and not index.isdecimal()):
         raise ValueError(f"device={name!r}: must be auto, cpu, cuda, cuda:N or mps")
-    if not here[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
-        raise ValueError(
-            f"device={name}: this torch ({torch.__version__}) sees no such device; try --device=cpu"
-        )
+    if not present[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+        reason = f"this torch ({torch.__version__}) sees no such device"
+        raise ValueError(f"device={name}: {reason}; try --device=cpu")
     return torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device(kind)
 
 
-def pick_dtype(name, device):
-    """A torch.dtype from its name, or "auto": bfloat16 where a GPU has it, else float32. ValueError otherwise."""
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a name; auto is bfloat16 on a GPU that has it, else float32."""
     if name == "auto":
-        return (
-            torch.bfloat16
-            if device.type == "cuda" and torch.cuda.is_bf16_supported()
-            else torch.float32
-        )
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if on_gpu else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r}: must be auto, " + " or ".join(DTYPES))
     return DTYPES[name]
 
 
-def autocast(device, dtype):
-    """The context in which forward passes run: matrix products in dtype, parameters in float32; on a CPU attention in
-    float32 too."""
-    if dtype != torch.float32 and device.type == "cpu":
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Return the context of forward passes: matrix products in dtype, parameters in float32.
+
+    On a CPU attention is in float32 too.
+    """
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    if device.type == "cpu":
         attend_in_float32()
-    return (
-        contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    )
+    return torch.autocast(device.type, dtype)
 
 
 @functools.cache
-def attend_in_float32():
-    """From now on autocast on a CPU does so: in bfloat16 the backward pass of torch's attention is up to three times
-    slower on short windows. A kernel of autocast's own, so that it also holds where a checkpoint computes anew."""
+def attend_in_float32() -> torch.library.Library:
+    """Let autocast on a CPU compute attention in float32, from now on in this process.
+
+    In bfloat16 the backward pass of torch's attention is up to three times slower on short windows.
+    This is a kernel of autocast's own, so that it holds where activations are recomputed too.
+    """
     kernels = torch.library.Library("aten", "IMPL", "AutocastCPU")
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # of torch: that its own is replaced, as it is meant to be
+    with warnings.catch_warnings(action="ignore"):  # torch's, that a kernel of its own is replaced
         kernels.impl("scaled_dot_product_attention", attention_in_float32)
-    return kernels  # with it they would go
+    return kernels  # the kernel lives as long as this object, which functools.cache keeps
 
 
 def attention_in_float32(
-    q, k, v, mask=None, dropout=0.0, causal=False, *, scale=None, enable_gqa=False
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attend in float32; return the dtype of autocast. Arguments are those of torch's attention."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float()
     with torch.autocast("cpu", enabled=False):
-        q, k, v = q.float(), k.float(), v.float()
-        mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa
+            q.float(),
+            k.float(),
+            v.float(),
+            mask,
+            dropout,
+            causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
     return y.to(torch.get_autocast_dtype("cpu"))
 
 
-def compile_works(device):
-    """Whether torch.compile works here, tried on one small function; prints why where it does not."""
+def compile_works(device: torch.device) -> bool:
+    """Return whether torch.compile works here, tried on a small function; print why it does not."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-    except (
-        Exception
-    ) as error:  # no C++ compiler, no Triton, an unsupported Python: many types, one consequence
+    except Exception as error:  # no C++ compiler, no Triton, an unsupported Python: of many types
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
         print(f"compile: does not work here, running eager ({reason})")
         return False
     return True
 
 
-def data_sheet(name):
-    """The Gpu of a device's name as torch gives it, or None where it is not known."""
-    words = r"(?<!\w){}(?!\w)(?! (Ti|SUPER|D|Laptop)\b)"  # these are other devices
-    return next((gpu for part, gpu in GPUS.items() if re.search(words.format(part), name)), None)
+# -----------------------------------------------------------------------------
+# peak FLOP/s
+def data_sheet(name: str) -> Gpu | None:
+    """Return the data sheet of a device by the name torch gives it; None where it is unknown."""
+    for words, gpu in GPUS.items():
+        others = r"(?! (Ti|SUPER|D|Laptop)\b)"  # words that follow the names of other devices
+        if re.search(rf"(?<!\w){words}(?!\w){others}", name):
+            return gpu
+    return None
 
 
-def peak_flops(device, dtype):
-    """Dense peak of the device in FLOP/s: of a GPU by its data sheet, of a CPU measured; None where it is not known."""
+def find_gpu(name: str) -> Gpu:
+    """Return the data sheet of a short name such as h100 or rtx-4090; of cpu what is measured."""
+    known = {words.lower().replace(" ", "-"): gpu for words, gpu in GPUS.items()}
+    if name == "cpu":
+        return measure_cpu()
+    if name not in known:
+        raise ValueError(f"gpu={name!r}: must be cpu or one of {', '.join(known)}")
+    return known[name]
+
+
+def measure_cpu() -> Gpu:
+    """Return measured peaks of this CPU, the machine's memory, and the link of a usual network."""
+    threads = torch.get_num_threads()
+    bfloat16, float32 = (
+        measured_flops(dtype, threads) for dtype in (torch.bfloat16, torch.float32)
+    )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Gpu(bfloat16, float32, memory=memory / 2**30, link=10e9)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the dense peak of a device in FLOP/s; None where it is unknown.
+
+    A GPU's is that of its data sheet, a CPU's is measured.
+    """
     if device.type == "cpu":
         return measured_flops(dtype, torch.get_num_threads())
-    gpu = (
-        data_sheet(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    )  # Apple's have no name
+    if device.type != "cuda":
+        return None
+    gpu = data_sheet(torch.cuda.get_device_name(device))
     return getattr(gpu, str(dtype).removeprefix("torch."), None) or None
 
 
 @functools.cache
-def measured_flops(dtype, threads):
-    """FLOP/s of a CPU in the fastest of the products of two matrices that fit into 0.1 s."""
+def measured_flops(dtype: torch.dtype, threads: int) -> float:
+    """Return a CPU's FLOP/s in the fastest product of two matrices, of those that fit into 0.1 s.
+
+    threads: of torch, for which it is remembered.
+    """
     size, times = 1024, []
     a = torch.ones(size, size, dtype=dtype)  # not random: the run's numbers would depend on it
     while len(times) < 3 or sum(times) < 0.1:
@@ -172,51 +225,55 @@ def measured_flops(dtype, threads):
     return 2 * size**3 / min(times)
 
 
-def synchronize(device):
+# -----------------------------------------------------------------------------
+# clock and memory
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given, so that a clock tells the truth."""
-    {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": lambda: None}[
-        device.type
-    ]()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
-def peak_memory(device):
-    """Most bytes in use so far: allocated on a GPU, resident in this process on a CPU."""
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use so far: allocated on a GPU, on a CPU those of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     status = Path("/proc/self/status")
-    if (
-        status.exists()
-    ):  # Linux: what getrusage says there may be of the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
+    if status.exists():  # Linux, whose getrusage may count the process that started this one
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(lines["VmHWM"].split()[0])
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def pack(model, dtype=torch.float32):
-    """Let the Linear layers of a model on a CPU read weights in dtype that oneDNN has put in order, to decode alone.
+# -----------------------------------------------------------------------------
+# weights packed for decoding on a CPU
+def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
+    """Let Linear layers on a CPU read weights that oneDNN has reordered, in dtype, to decode only.
 
-    A few rows of tokens then cost what reading the weights costs, on all threads; torch's own product of a matrix and
-    one row runs on one. Takes the memory of one more model, and is nothing that torch.compile takes.
-    Returns whether this torch has oneDNN for dtype; if not, nothing changes.
+    A few rows of tokens then cost what reading the weights costs, on all threads; torch's own
+    product of a matrix and one row runs on one thread. The packed weights are a second copy of the
+    model. They have no backward pass and torch.compile does not take them. Returns False, and
+    changes nothing, where this torch has no oneDNN for dtype.
     """
-    known = torch.backends.mkldnn.is_available() and (
-        dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    if not known:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            order = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(dtype))
+        if type(module) is nn.Linear:
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(dtype))
             bias = None if module.bias is None else module.bias.detach().to(dtype)
-            module.forward = functools.partial(packed_linear, order, bias, dtype)
+            module.forward = functools.partial(packed_linear, weight, bias)
     return True
 
 
-def packed_linear(order, bias, dtype, x):
-    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), order, bias, "none", [], "").to(x.dtype)
+def packed_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Return the product of x (.., in) and packed weights, in the dtype of x."""
+    y = torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
+    return y.to(x.dtype)

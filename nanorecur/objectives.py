@@ -1,319 +1,324 @@
 """
-What training minimises, from the model's public pieces. With CE_t the next-token loss read out after loop t of n:
+Training objectives, from the model's public pieces. CE_t is the next-token loss after loop t of n.
 
-    next         CE_n, and where the model has several heads the losses of those further ahead (arXiv 2404.19737)
+    next         CE_n, and with several heads the losses of those further ahead (arXiv 2404.19737)
     deep         sum_t w_t CE_t: deep supervision
-    distill      CE_n + distill_weight * mean_{t<n} KL(p_n || p_t): the last loop teaches those before it
-    exit         sum_t p_t CE_t - entropy_weight * H(p), p from the exit gate (Ouro, arXiv 2510.25741, stage I)
+    distill      CE_n + distill_weight * mean_{t<n} KL(p_n || p_t): the last loop teaches the others
+    exit         sum_t p_t CE_t - entropy_weight * H(p), p from the exit gate (Ouro 2510.25741, I)
     exit_gate    the gate alone learns to go on while loops gain (Ouro, stage II)
-    confidence   CE_n, and the gate learns whether loop t already predicts what the last will (CALM, arXiv 2207.07061)
+    confidence   CE_n, and the gate learns whether loop t predicts what the last will (2207.07061)
 
-Losses after several loops or of several heads are computed in chunks of tokens, and their logits anew in the backward
-pass, so that they never exist together. Shapes: N = B * T tokens, n loops.
+Losses after several loops, or of several heads, are computed in chunks of tokens, and their logits
+again in the backward pass, so that they never exist together. Shapes: N = B * T tokens, n loops.
 """
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from model import shift_labels
-from nanorecur.exit_rules import after_each_loop, around_the_loop, exit_distribution, kl, rows_of
+from model import GPT, Context, GPTConfig, Loop, shift_labels
+from nanorecur.exit_rules import after_each_loop, exit_distribution, kl
 
 
 class Objective(nn.Module):
-    """A model and what is minimised, one module for DDP. ValueError where the model cannot be trained so."""
+    """A model and what is minimised: one module, for DDP. ValueError where it cannot be trained."""
 
     def __init__(
         self,
-        model,
-        name="next",
-        chunk=0,
-        weighting="uniform",
-        entropy_weight=0.1,
-        distill_weight=0.5,
-        ahead_weight=0.3,
+        model: GPT,
+        name: str = "next",
+        chunk: int = 0,
+        weighting: str = "uniform",
+        entropy_weight: float = 0.1,
+        distill_weight: float = 0.5,
+        ahead_weight: float = 0.3,
     ):
+        """name: a key of OBJECTIVES. chunk: tokens whose logits exist at once, 0: all of them.
+
+        weighting: of deep's losses after loops t = 1..n: uniform, or linear in t. ahead_weight: of
+        the losses of all heads further ahead together.
+        """
         super().__init__()
-        check(model.config, name)
-        self.model, self.chunk = model, chunk
-        self.score, self.exit_passes = OBJECTIVE[name]
+        check_objective(model.config, name)
+        self.model, self.name, self.chunk = model, name, chunk
         self.weighting, self.entropy_weight = weighting, entropy_weight
         self.distill_weight, self.ahead_weight = distill_weight, ahead_weight
 
-    def forward(self, idx, targets, n_loop=None, shift=1):
-        """The sum over targets (B, T) of what is minimised, and what to log: {name: tensor (sum, count)}."""
-        return self.score(self, idx, shift_labels(targets, shift), n_loop, shift)
+    def forward(
+        self, idx: Tensor, targets: Tensor, n_loop=None, shift: int | Tensor = 1
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (sum over targets of what is minimised, {name: tensor (sum, count)} to log).
 
-    def flops_per_token(self, n_loop=None):
-        """As the model's, with the heads and exits that are read out besides; what is computed anew is not counted."""
-        model, count = self.model, self.model.forward_flops
-        total = model.flops_per_token(n_loop) + 3 * (
-            count(model.ahead) + len(model.ahead) * count(model.lm_head)
-        )
-        if self.exit_passes:
-            _, loop, n, after = around_the_loop(model, n_loop)
-            stages = [loop.exit, *(stage for stage, _ in after), model.lm_head]
-            total += self.exit_passes * (n - 1) * sum(map(count, stages))
+        idx, targets, n_loop, shift: as in GPT.forward; n_loop may have tensors (B,) in it, loops of
+        each row.
+        """
+        targets = shift_labels(targets, shift)
+        return OBJECTIVES[self.name](self, idx, targets, n_loop, shift)
+
+    def flops_per_token(self, n_loop=None) -> int:
+        """Return the model's FLOPs, with heads and further read-outs; recomputation not counted."""
+        model = self.model
+        flops = model.forward_flops
+        heads = flops(model.ahead) + len(model.ahead) * flops(model.lm_head)
+        total = model.flops_per_token(n_loop) + 3 * heads
+        passes = EXIT_PASSES[self.name]
+        if passes:
+            _, (loop, n, _), after = model.split(n_loop)
+            read_out = flops(loop.exit) + flops(model.lm_head)
+            for other, times, _ in after:
+                one_loop = sum(map(flops, (other.inject, *other.blocks)))
+                read_out += times * one_loop + flops(other.exit)
+            total += passes * (n - 1) * read_out
         return total
 
-    def in_chunks(self, function, *tensors):
-        """function of tokens (N, ..) -> (N,), a chunk at a time, each computed anew in the backward pass."""
-        tensors = [tensor.flatten(0, 1) for tensor in tensors]
-        parts = zip(*(tensor.split(self.chunk or len(tensor)) for tensor in tensors))
-        return torch.cat([recomputed(function, *part, use_reentrant=False) for part in parts])
+    # -------------------------------------------------------------------------
+    # losses of hidden states
 
-    def loss_sum(self, x, targets):
-        """Of hidden states (B, T, C) and targets (B, T). torch's chunked loss has its gradients ready before the
-        backward pass and computes nothing twice; it has no soft cap, and torch before 2.13 has none at all."""
+    def in_chunks(self, function: Callable, *tensors: Tensor) -> Tensor:
+        """Return function of tokens (N, ..), shape (N,), computed chunk by chunk.
+
+        Each chunk is computed again in the backward pass.
+        """
+        tensors = [tensor.flatten(0, 1) for tensor in tensors]
+        chunks = zip(*(tensor.split(self.chunk or len(tensor)) for tensor in tensors))
+        return torch.cat([recomputed(function, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def loss_sum(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross-entropy of hidden states x (B, T, C) and targets (B, T).
+
+        torch's chunked loss has its gradients ready before the backward pass, and so computes
+        nothing twice; it knows no soft cap, and torch before 2.13 does not have it.
+        """
         if not self.chunk:
             return self.cross_entropy(x, targets).sum()
-        if self.model.config.logit_softcap or "linear_cross_entropy" not in dir(F):
+        if self.model.config.logit_softcap or not hasattr(nn, "LinearCrossEntropyOptions"):
             return self.in_chunks(self.cross_entropy, x, targets).sum()
         kind, W = x.device.type, self.model.lm_head.weight
-        if torch.is_autocast_enabled(kind):  # which does not know this loss
-            x, W = (part.to(torch.get_autocast_dtype(kind)) for part in (x, W))
+        if torch.is_autocast_enabled(kind):  # autocast does not know this loss
+            dtype = torch.get_autocast_dtype(kind)
+            x, W = x.to(dtype), W.to(dtype)
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=self.chunk, chunking_method=None)
         return F.linear_cross_entropy(
             x.flatten(0, 1), W, targets.flatten(), reduction="sum", ignore_index=-1, options=options
         )
 
-    def cross_entropy(self, x, targets):
-        """Of hidden states (.., C) and targets (..): (N,), 0 where there is no target."""
+    def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Return losses (N,) of hidden states (.., C) and targets (..), 0 where there is none."""
         logits = self.model.logits(x).flatten(0, -2)
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
 
-    def agree(self, x, last):
-        """Whether hidden states (N, C) have the same likeliest token as the last ones: (N,)."""
+    def agreement(self, x: Tensor, last: Tensor) -> Tensor:
+        """Return 1.0 where hidden states (N, C) have the likeliest token of the last ones, (N,)."""
         return (self.model.logits(x).argmax(-1) == self.model.logits(last).argmax(-1)).float()
 
-    def divergence(self, x, last):
-        """KL(p of the last hidden states || p of x), both (N, C): (N,)."""
-        p, q = (self.model.logits(part).float().log_softmax(-1) for part in (last, x))
-        return kl(p.detach(), q)
+    def divergence(self, x: Tensor, last: Tensor) -> Tensor:
+        """Return KL(p of the last hidden states || p of x), both (N, C), shape (N,)."""
+        p = self.model.logits(last).float().log_softmax(-1).detach()
+        return kl(p, self.model.logits(x).float().log_softmax(-1))
 
-    def exits(self, idx, n_loop, shift):
-        """States and last hidden states after each loop: two lists of n tensors (B, T, C)."""
-        return zip(*after_each_loop(self.model, idx, n_loop, shift))
+    # -------------------------------------------------------------------------
+    # after every loop
 
-    def gates(self, states):
-        """(N, n) logits of stopping after each loop."""
+    def exits(self, idx: Tensor, n_loop, shift) -> tuple[list[Tensor], list[Tensor]]:
+        """Return states and last hidden states after each loop: two lists of n (B, T, C)."""
+        states, hiddens = [], []
+        for s, x in after_each_loop(self.model, idx, n_loop, shift):
+            states.append(s)
+            hiddens.append(x)
+        return states, hiddens
+
+    def exit_losses(self, hiddens: list[Tensor], targets: Tensor) -> Tensor:
+        """Return the next-token losses (N, n) after each loop."""
+        losses = [self.in_chunks(self.cross_entropy, x, targets) for x in hiddens]
+        return torch.stack(losses, dim=-1)
+
+    def gate_logits(self, states: list[Tensor]) -> Tensor:
+        """Return the gate's logits (N, n) of stopping after each loop."""
         return torch.cat([self.model.exit_gate(s) for s in states], dim=-1).float().flatten(0, 1)
 
-    def exit_losses(self, xs, targets):
-        """(N, n) next-token losses."""
-        return torch.stack([self.in_chunks(self.cross_entropy, x, targets) for x in xs], dim=-1)
+
+# -----------------------------------------------------------------------------
+# the objectives: (objective, idx, shifted targets, n_loop, shift) -> what forward returns
 
 
-def next_token(self, idx, targets, n_loop, shift):
-    each_row = type(n_loop) is tuple and any(isinstance(n, torch.Tensor) for n in n_loop)
-    x = (
-        hidden_by_row(self.model, idx, n_loop, shift)
-        if each_row
-        else self.model.hidden(idx, n_loop, shift=shift)
-    )
-    heads = self.model.ahead
-    total = self.loss_sum(x, targets)
+def next_token(objective: Objective, idx, targets, n_loop, shift):
+    model = objective.model
+    if by_row(n_loop):
+        x = hidden_by_row(model, idx, n_loop, shift)
+    else:
+        x = model.hidden(idx, n_loop, shift=shift)
+    total = objective.loss_sum(x, targets)
     log = {"loss": torch.stack((total.detach(), (targets >= 0).sum()))}
-    for number, head in enumerate(heads, 2):
+    for number, head in enumerate(model.ahead, 2):
         further = shift_labels(targets, number)
-        loss = self.in_chunks(self.cross_entropy, head(x), further).sum()
-        total = total + self.ahead_weight / len(heads) * loss
+        loss = objective.in_chunks(objective.cross_entropy, head(x), further).sum()
+        total = total + objective.ahead_weight / len(model.ahead) * loss
         log[f"head{number}"] = torch.stack((loss.detach(), (further >= 0).sum()))
     return total, log
 
 
-def deep(self, idx, targets, n_loop, shift):
-    _, xs = self.exits(idx, n_loop, shift)
-    losses = self.exit_losses(xs, targets)
-    weights = WEIGHTING[self.weighting](torch.arange(1, len(xs) + 1, device=losses.device))
-    return (losses @ weights.to(losses) / weights.sum()).sum(), each_exit(losses, targets)
+def deep(objective: Objective, idx, targets, n_loop, shift):
+    _, hiddens = objective.exits(idx, n_loop, shift)
+    losses = objective.exit_losses(hiddens, targets)
+    weights = torch.arange(1, len(hiddens) + 1, device=losses.device)
+    if objective.weighting == "uniform":
+        weights = torch.ones_like(weights)
+    total = (losses @ weights.to(losses) / weights.sum()).sum()
+    return total, log_of_exits(losses, targets)
 
 
-def distill(self, idx, targets, n_loop, shift):
-    _, xs = self.exits(idx, n_loop, shift)
-    losses, counted = self.in_chunks(self.cross_entropy, xs[-1], targets), targets.flatten() >= 0
-    apart = [self.in_chunks(self.divergence, x, xs[-1].detach()) for x in xs[:-1]] or [
-        torch.zeros_like(losses)
-    ]
-    apart = torch.stack(apart).mean(0) * counted
-    total = losses.sum() + self.distill_weight * apart.sum()
-    return total, {"loss": summed(losses, targets), "divergence": summed(apart, targets)}
+def distill(objective: Objective, idx, targets, n_loop, shift):
+    _, (*others, last) = objective.exits(idx, n_loop, shift)
+    losses = objective.in_chunks(objective.cross_entropy, last, targets)
+    teacher = last.detach()
+    divergences = [objective.in_chunks(objective.divergence, x, teacher) for x in others]
+    if not others:
+        divergences = [torch.zeros_like(losses)]
+    divergence = torch.stack(divergences).mean(0) * (targets.flatten() >= 0)
+    total = losses.sum() + objective.distill_weight * divergence.sum()
+    return total, {"loss": sum_of(losses, targets), "divergence": sum_of(divergence, targets)}
 
 
-def exit_loss(self, idx, targets, n_loop, shift):
-    states, xs = self.exits(idx, n_loop, shift)
-    losses, counted = self.exit_losses(xs, targets), targets.flatten() >= 0
-    p = exit_distribution(self.model, states).float().flatten(0, 1)  # (N, n)
+def exit_loss(objective: Objective, idx, targets, n_loop, shift):
+    states, hiddens = objective.exits(idx, n_loop, shift)
+    losses, counted = objective.exit_losses(hiddens, targets), targets.flatten() >= 0
+    p = exit_distribution(objective.model, states).float().flatten(0, 1)  # (N, n)
     entropy = torch.special.entr(p).sum(-1) * counted
     expected = (p * losses).sum(-1)
     loops = (p @ torch.arange(1.0, p.size(-1) + 1, device=p.device)) * counted
     log = {
-        "expected": summed(expected, targets),
-        "entropy": summed(entropy, targets),
-        "loops": summed(loops, targets),
+        **log_of_exits(losses, targets),
+        "expected": sum_of(expected, targets),
+        "entropy": sum_of(entropy, targets),
+        "loops": sum_of(loops, targets),
     }
-    return (expected - self.entropy_weight * entropy).sum(), {**each_exit(losses, targets), **log}
+    return (expected - objective.entropy_weight * entropy).sum(), log
 
 
-def gate_only(self, idx, targets, n_loop, shift):
+def gate_only(objective: Objective, idx, targets, n_loop, shift):
     with torch.no_grad():
-        states, xs = self.exits(idx, n_loop, shift)
-        losses = self.exit_losses(xs, targets)
+        states, hiddens = objective.exits(idx, n_loop, shift)
+        losses = objective.exit_losses(hiddens, targets)
     gained = (losses[:, :-1] - losses[:, 1:]).clamp(min=0)
     go_on = torch.sigmoid(50 * (gained - 0.005))  # (N, n - 1): the paper's slope and least gain
-    wrong = F.binary_cross_entropy_with_logits(
-        -self.gates(states)[:, 1:], go_on, reduction="none"
-    ).sum(-1)
-    wrong = wrong / len(states) * (targets.flatten() >= 0)
-    return wrong.sum(), {**each_exit(losses, targets), "gate": summed(wrong, targets)}
+    logits = -objective.gate_logits(states)[:, 1:]
+    gate_loss = F.binary_cross_entropy_with_logits(logits, go_on, reduction="none").sum(-1)
+    gate_loss = gate_loss / len(states) * (targets.flatten() >= 0)
+    return gate_loss.sum(), {**log_of_exits(losses, targets), "gate": sum_of(gate_loss, targets)}
 
 
-def confidence(self, idx, targets, n_loop, shift):
-    states, xs = self.exits(idx, n_loop, shift)
-    losses, counted = self.in_chunks(self.cross_entropy, xs[-1], targets), targets.flatten() >= 0
+def confidence(objective: Objective, idx, targets, n_loop, shift):
+    states, hiddens = objective.exits(idx, n_loop, shift)
+    last = hiddens[-1]
+    losses = objective.in_chunks(objective.cross_entropy, last, targets)
     with torch.no_grad():
-        same = torch.stack([self.in_chunks(self.agree, x, xs[-1]) for x in xs], dim=-1)[
-            :, :-1
-        ]  # (N, n - 1)
-    stop = self.gates([s.detach() for s in states])[:, :-1]
-    wrong = (
-        F.binary_cross_entropy_with_logits(stop, same, reduction="none").sum(-1)
-        / max(1, len(xs) - 1)
-        * counted
-    )
-    return losses.sum() + wrong.sum(), {
-        "loss": summed(losses, targets),
-        "gate": summed(wrong, targets),
-    }
+        agreement = [objective.in_chunks(objective.agreement, x, last) for x in hiddens]
+        agreement = torch.stack(agreement, dim=-1)[:, :-1]  # (N, n - 1)
+    logits = objective.gate_logits([s.detach() for s in states])[:, :-1]
+    gate_loss = F.binary_cross_entropy_with_logits(logits, agreement, reduction="none").sum(-1)
+    gate_loss = gate_loss / max(1, len(hiddens) - 1) * (targets.flatten() >= 0)
+    log = {"loss": sum_of(losses, targets), "gate": sum_of(gate_loss, targets)}
+    return losses.sum() + gate_loss.sum(), log
 
 
-# -----------------------------------------------------------------------------
-# loops, shifts, activations and parameters of a training step
-
-ANEW = ("none", "cheap", "block", "loop")
-aten = torch.ops.aten
-DEAR = [  # to compute: matrix products and the kernels of attention
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-]
-
-
-def compute_anew(model, what):
-    """Which activations of a GPT the backward pass computes anew, to save their memory: those of every block, of every
-    loop, or the cheap ones, which are all but results of matrix products and attention."""
-    torch.set_autocast_cache_enabled(
-        what != "cheap"
-    )  # both passes of what is kept need the same casts
-    keep = (
-        {"context_fn": partial(create_selective_checkpoint_contexts, DEAR)}
-        if what == "cheap"
-        else {}
-    )
-    for block in model.transformer.h if what in ("cheap", "block") else ():
-        block.forward = partial(recomputed, block.forward, use_reentrant=False, **keep)
-    for loop in model.transformer.loops if what == "loop" else ():
-        loop.step = partial(recomputed, loop.step, use_reentrant=False)
-
-
-def hidden_by_row(model, idx, counts, shift=1):
-    """The last hidden states (B, T, C) of tokens idx (B, T), at counts (B,) loops of each row for each group."""
-    (x, where), counts = model.embed(idx, shift=shift), iter(counts)
-    for stage, looped in model.schedule():
-        x = stage.exit(by_row(stage, x, where, next(counts))) if looped else stage(x, where)
-    return model.transformer.ln_f(x[:, -idx.size(1) :])
-
-
-def by_row(loop, e, where, counts):
-    """The state (B, T, C) after each row's own number of loops, counts (B,) on the CPU.
-
-    Rows with more loops begin earlier, so that all end together and the last bptt_k loops of each carry a gradient;
-    a loop computes only those that have begun, so that the batch costs the mean of the counts.
-    """
-    counts, order = counts.sort(descending=True)
-    e, where = loop.entry(e)[order], rows_of(where, order)
-    s = loop.noise(loop.init_state(e, where), counts[:, None, None].to(e.device))
-    for left in range(int(counts[0]), 0, -1):
-        begun = slice(int((counts >= left).sum()))
-        i = (counts[begun, None] - left).to(e.device)  # each row's own loop
-        with torch.set_grad_enabled(torch.is_grad_enabled() and left <= loop.bptt_k):
-            moved = loop.step(s[begun], e[begun], i, rows_of(where, begun))
-        s = torch.cat((moved, s[begun.stop :]))
-    return s[order.argsort()]
-
-
-def sample_shifts(config, generator, count):
-    """How far ahead each of count sequences predicts, int64 (count,) in [1, max_shift]: geometric, from generator."""
-    drawn = torch.empty(count).geometric_(
-        min(config.label_shift_prob, 1 - 1e-9), generator=generator
-    )
-    return drawn.clamp(max=config.max_shift).long()
-
-
-def parameter_groups(model):
-    """Parameters by kind: matrices of the Linear layers, embeddings (and the head, tied or not), vectors."""
-    embeddings = {
-        id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) or m is model.lm_head
-    }
-    groups = {"matrices": [], "embeddings": [], "vectors": []}
-    for p in model.parameters():
-        groups[
-            "embeddings"
-            if id(p) in embeddings
-            else "matrices"
-            if len(p) > 1 < p.dim()
-            else "vectors"
-        ].append(p)
-    return groups
-
-
-# -----------------------------------------------------------------------------
-# tables
-
-
-def summed(losses, targets):
-    """(sum, count) of what has a value for each target, 0 where there is none."""
+def sum_of(losses: Tensor, targets: Tensor) -> Tensor:
+    """Return (sum, count) of losses (N,) that are 0 where there is no target."""
     return torch.stack((losses.detach().sum(), (targets >= 0).sum()))
 
 
-def each_exit(losses, targets):
-    """That after the last loop first, then those before it."""
-    log = {
-        f"exit{number}": summed(loss, targets)
-        for number, loss in enumerate(losses.unbind(-1)[:-1], 1)
-    }
-    return {"loss": summed(losses[:, -1], targets), **log}
+def log_of_exits(losses: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Return (sum, count) of losses (N, n): "loss" after the last loop, "exit1" and so on."""
+    *others, last = losses.unbind(-1)
+    log = {"loss": sum_of(last, targets)}
+    for number, loss in enumerate(others, 1):
+        log[f"exit{number}"] = sum_of(loss, targets)
+    return log
 
 
-WEIGHTING = {
-    "uniform": torch.ones_like,
-    "linear": lambda t: t,
-}  # of the losses after loops t = 1 .. n
-OBJECTIVE = {  # and how often each exit but the last is passed: forward alone, or backward too, which costs twice that
-    "next": (next_token, 0),
-    "deep": (deep, 3),
-    "distill": (distill, 3),
-    "exit": (exit_loss, 3),
-    "exit_gate": (gate_only, 1),
-    "confidence": (confidence, 1),
+OBJECTIVES = {
+    "next": next_token,
+    "deep": deep,
+    "distill": distill,
+    "exit": exit_loss,
+    "exit_gate": gate_only,
+    "confidence": confidence,
 }
-GATED = ("exit", "exit_gate", "confidence")  # those that train the exit gate
+# forward passes that each read-out but the last costs: 1 forward alone, 3 with backward
+EXIT_PASSES = {"next": 0, "deep": 3, "distill": 3, "exit": 3, "exit_gate": 1, "confidence": 1}
+GATED = ("exit", "exit_gate", "confidence")  # objectives that train the exit gate
 
 
-def check(config, name):
-    if name not in OBJECTIVE:
-        raise ValueError(f"objective={name!r}: must be one of {', '.join(OBJECTIVE)}")
+def check_objective(config: GPTConfig, name: str) -> None:
+    """Raise ValueError where a model cannot be trained with an objective."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective={name!r}: must be one of {', '.join(OBJECTIVES)}")
     if name != "next" and not config.groups:
         raise ValueError(f"objective={name!r}: must be next where nothing is looped")
     if name in GATED and config.exit_gate == "none":
         raise ValueError(f"objective={name!r}: needs a gate, --exit_gate=state or mean_state")
     if name != "next" and config.n_ahead > 1:
         raise ValueError(f"n_ahead={config.n_ahead}: must be 1 with objective={name!r}")
+
+
+def select_trained(model: GPT, objective: str) -> None:
+    """Let gradients reach what an objective trains: the exit gate, all else, or both."""
+    for name, p in model.named_parameters():
+        if name.startswith("exit_gate."):
+            p.requires_grad_(objective in GATED)
+        else:
+            p.requires_grad_(objective != "exit_gate")
+
+
+# -----------------------------------------------------------------------------
+# loops and shifts of each row
+
+
+def by_row(n_loop) -> bool:
+    """Return whether loop counts hold tensors (B,), a count for each row."""
+    return type(n_loop) is tuple and any(isinstance(n, Tensor) for n in n_loop)
+
+
+def hidden_by_row(model: GPT, idx: Tensor, counts: tuple, shift: int | Tensor = 1) -> Tensor:
+    """Return the last hidden states (B, T, C) of idx (B, T), where rows loop differently often.
+
+    counts: a tensor (B,) for each group.
+    """
+    x, ctx = model.embed(idx, shift=shift)
+    counts = iter(counts)
+    for stage in model.schedule():
+        if stage.looped:
+            x = stage.loop.exit(loop_by_row(stage.loop, x, ctx, next(counts)))
+        else:
+            x = stage(x, ctx)
+    return model.transformer.ln_f(x[:, -idx.size(1) :])
+
+
+def loop_by_row(loop: Loop, x: Tensor, ctx: Context, counts: Tensor) -> Tensor:
+    """Return the state (B, T, C) after each row's own number of loops, counts (B,) on the CPU.
+
+    Rows with more loops begin earlier, so that all end together and the last bptt_k loops of each
+    carry a gradient. A loop computes only the rows that have begun, so that the batch costs the
+    mean of the counts.
+    """
+    counts, order = counts.sort(descending=True)
+    ctx = ctx.rows(order)
+    e, s = loop.begin(x[order], ctx, counts[:, None, None].to(x.device))
+    for left in range(int(counts[0]), 0, -1):
+        n_begun = int((counts >= left).sum())
+        begun = slice(n_begun)
+        i = (counts[begun, None] - left).to(x.device)  # each row's own loop
+        with torch.set_grad_enabled(torch.is_grad_enabled() and left <= loop.bptt_k):
+            moved = loop.step(s[begun], e[begun], i, ctx.rows(begun))
+        s = torch.cat((moved, s[n_begun:]))
+    return s[order.argsort()]
+
+
+def sample_shifts(config: GPTConfig, generator: torch.Generator, count: int) -> Tensor:
+    """Draw how far ahead each of count sequences predicts: int64 (count,) in [1, max_shift]."""
+    p = min(config.label_shift_prob, 1 - 1e-9)
+    shifts = torch.empty(count).geometric_(p, generator=generator)
+    return shifts.clamp(max=config.max_shift).long()

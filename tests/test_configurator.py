@@ -1,14 +1,19 @@
-"""Options: every type both ways, left to right, and what a wrong one is told."""
+"""Options: values of every type, their order, the message about a wrong one, and -h."""
 
+import contextlib
+import io
+import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from configurator import configure, read_knobs
+from configurator import HELP_WIDTH, check_ranges, configure, read_knobs, require
 
 SCRIPT = '''
 """A script."""
@@ -20,125 +25,86 @@ name = "none"  # what it is called
 loops = ()  # which
 configure(globals())
 later = 3
+
+
+class Shape:
+    """A source of further options."""
+
+    width: int = 768  # of the model
+    n_layer: int = 12
+    share: float = 0.0
 '''
+OWN = {"count": 10, "rate": 1.5, "flag": False, "name": "none", "loops": ()}
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("script") / "script.py"
+    path.write_text(SCRIPT)
+    return path
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
+def run(script, capsys):
+    """A call of configure: what the options set, or (exit code, stdout and stderr)."""
 
     def run(*arguments):
-        scope = {"__file__": str(path), "__doc__": "A script."}
+        scope = {"__file__": str(script), "__doc__": "A script."}
         try:
-            config, given = configure(scope, (ROOT / "model.py", "GPTConfig"), argv=list(arguments))
+            config, given_names = configure(scope, (script, "Shape"), argv=list(arguments))
         except SystemExit as stop:
             captured = capsys.readouterr()
             return stop.code, captured.out + captured.err
-        assert all(
-            scope[name] == config[name] for name in ("count", "rate", "flag", "name", "loops")
-        )
-        assert "n_embd" not in scope
-        return {name: config[name] for name in given}
+        assert {name: scope[name] for name in OWN} == {name: config[name] for name in OWN}
+        assert "width" not in scope
+        return {name: config[name] for name in given_names}
 
     return run
 
 
-@pytest.mark.parametrize(
-    "argument,value",
-    [
-        ("--count=3", 3),
-        ("--count=1e3", 1000),
-        ("--count=-2", -2),
-        ("--count=12345678901234567890", 12345678901234567890),
-        ("--rate=1", 1.0),
-        ("--rate=3e-4", 3e-4),
-        ("--rate=-.5", -0.5),
-        ("--flag", True),
-        ("--flag=true", True),
-        ("--flag=False", False),
-        ("--flag=1", True),
-        ("--flag=0", False),
-        ("--name=a=b", "a=b"),
-        ("--name=", ""),
-        ("--name=4", "4"),
-        ("--name=--x", "--x"),
-        ("--loops=4,8", (4, 8)),
-        ("--loops=4", (4,)),
-        ("--loops=", ()),
-        ("--loops=()", ()),
-        ("--loops=[[0,1],[3]]", ((0, 1), (3,))),
-        ("--n_embd=64", 64),
-        ("--dropout=0", 0.0),
-    ],
-)
-def test_values_are_read_by_the_type_of_the_knob(run, argument, value):
-    (got,) = run(argument).values()
+# -----------------------------------------------------------------------------
+# values
+
+VALUES = [
+    ("--count=3", 3),
+    ("--count=1e3", 1000),
+    ("--count=-2", -2),
+    ("--count=12345678901234567890", 12345678901234567890),
+    ("--rate=1", 1.0),
+    ("--rate=3e-4", 3e-4),
+    ("--rate=-.5", -0.5),
+    ("--flag", True),
+    ("--flag=true", True),
+    ("--flag=False", False),
+    ("--flag=1", True),
+    ("--flag=0", False),
+    ("--name=a=b", "a=b"),
+    ("--name=", ""),
+    ("--name=4", "4"),
+    ("--name=--x", "--x"),
+    ("--loops=4,8", (4, 8)),
+    ("--loops=4", (4,)),
+    ("--loops=", ()),
+    ("--loops=()", ()),
+    ("--loops=[[0,1],[3]]", ((0, 1), (3,))),
+    ("--width=64", 64),
+    ("--share=0", 0.0),
+]
+
+
+@pytest.mark.parametrize("argument, value", VALUES)
+def test_a_value_has_the_type_of_its_knob(run, argument, value):
+    [got] = run(argument).values()
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize(
-    "argument,words",
-    [
-        ("--cuont=3", ("unknown option 'cuont'", "'count'")),
-        ("--n_layers=3", ("'n_layer'",)),
-        ("--later=4", ("unknown",)),
-        ("--pi=3", ("unknown",)),
-        ("--zzzzzz=1", ("unknown", "-h")),
-        ("--count=1.5", ("count=1.5", "whole number")),
-        ("--count=abc", ("count='abc'", "whole")),
-        ("--count=", ("count=''",)),
-        ("--count=True", ("whole",)),
-        ("--rate=fast", ("rate='fast'", "a number")),
-        ("--rate=nan", ("number",)),
-        ("--rate=inf", ("number",)),
-        ("--count=" + "9" * 400, ("whole",)),
-        ("--count=" + "9" * 5000, ("whole",)),
-        ("--flag=yes", ("flag='yes'", "True or False")),
-        ("--loops=[1", ("loops=", "list")),
-        ("--loops=a,b", ("list",)),
-        ("--loops={}", ("list",)),
-        ("--count", ("--count needs a value", "--count=10")),
-        ("count=3", ("'count=3'", "--name=value")),
-        ("nowhere.py", ("nowhere.py", "No such file")),
-        ("--count=" + "9" * 5000 + "x", ("count=", "...")),
-        ("--" + "x" * 10**6, ("...",)),
-        ("--loops=" + "[" * 10**5, ("loops=",)),
-    ],
-)
-def test_a_wrong_option_is_one_line_and_code_2(run, argument, words):
-    code, text = run(argument)
-    assert code == 2 and text.count("\n") == 1 and len(text) < 300
-    assert all(word in text for word in words), text
+def test_without_options_every_knob_keeps_its_default(script, run):
+    scope = {"__file__": str(script), "__doc__": ""}
+    config, given_names = configure(scope, (script, "Shape"), argv=[])
+    assert config == {"width": 768, "n_layer": 12, "share": 0.0, **OWN} and given_names == set()
 
 
-@pytest.mark.parametrize(
-    "source,words",
-    [
-        ("coutn = 3", ("unknown option 'coutn'", "'count'")),
-        ("count = 'x'", ("count='x'", "whole")),
-        ("rate = True", ("rate=True",)),
-        ("name = 3", ("name=3", "text")),
-        ("loops = 3", ("loops=3", "list")),
-        ("count = ", ("SyntaxError",)),
-        ("count = 1 / 0", ("ZeroDivisionError",)),
-        ("count = none", ("NameError",)),
-        ("count = None", ("count=None",)),
-    ],
-)
-def test_a_wrong_config_file_is_named(run, tmp_path, source, words):
-    path = tmp_path / "bad.py"
-    path.write_text(source)
-    code, text = run(str(path))
-    assert (
-        code == 2
-        and text.count("\n") == 1
-        and "bad.py" in text
-        and all(word in text for word in words)
-    ), text
-
-
-def test_config_files_are_python_and_later_wins(run, tmp_path):
+def test_config_files_are_python_and_later_options_win(run, tmp_path):
     path = tmp_path / "x.py"
     path.write_text("import math\n_half = 4\ncount = 2 * _half\nrate = 2\nloops = [1, [2, 3]]\n")
     assert run(str(path)) == {"count": 8, "rate": 2.0, "loops": (1, (2, 3))}
@@ -146,33 +112,241 @@ def test_config_files_are_python_and_later_wins(run, tmp_path):
     assert run("--count=5", str(path))["count"] == 8
 
 
-def test_help_lists_every_knob_with_its_comment(run):
-    code, text = run("--count=3", "-h")
-    assert (
-        code == 0
-        and "--count=10" in text
-        and "how many" in text
-        and "--n_embd=768" in text
-        and "residual stream" in text
-    )
-    assert "later" not in text
+def test_a_relative_source_is_found_beside_the_script(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {"__file__": str(script), "__doc__": ""}
+    assert configure(scope, ("script.py", "Shape"), argv=["--width=5"])[0]["width"] == 5
 
 
-@given(st.text(), st.text())
-def test_any_text_is_a_value_or_one_clear_error(name, text):
-    knobs = read_knobs(ROOT / "model.py", "GPTConfig")
+# -----------------------------------------------------------------------------
+# errors
+
+WRONG = [
+    ("--cuont=3", ["unknown option 'cuont'", "'count'"]),
+    ("--n_layers=3", ["'n_layer'"]),
+    ("--later=4", ["unknown"]),
+    ("--pi=3", ["unknown"]),
+    ("--zzzzzz=1", ["unknown", "-h"]),
+    ("--count=1.5", ["count=1.5", "whole number"]),
+    ("--count=abc", ["count='abc'", "whole"]),
+    ("--count=", ["count=''"]),
+    ("--count=True", ["whole"]),
+    ("--rate=fast", ["rate='fast'", "a number"]),
+    ("--rate=nan", ["number"]),
+    ("--rate=inf", ["number"]),
+    ("--count=" + "9" * 400, ["whole"]),
+    ("--count=" + "9" * 5000, ["whole"]),
+    ("--flag=yes", ["flag='yes'", "True or False"]),
+    ("--loops=[1", ["loops=", "list"]),
+    ("--loops=a,b", ["list"]),
+    ("--loops={}", ["list"]),
+    ("--count", ["--count needs a value", "--count=10"]),
+    ("count=3", ["'count=3'", "--name=value"]),
+    ("nowhere.py", ["nowhere.py", "No such file"]),
+    ("--count=" + "9" * 5000 + "x", ["count=", "..."]),
+    ("--" + "x" * 10**6, ["..."]),
+    ("--loops=" + "[" * 10**5, ["loops="]),
+]
+
+
+@pytest.mark.parametrize("argument, words", WRONG)
+def test_a_wrong_option_is_one_line_and_code_2(run, argument, words):
+    code, text = run(argument)
+    assert code == 2 and text.count("\n") == 1 and len(text) < 300
+    assert all(word in text for word in words), text
+
+
+WRONG_FILES = [
+    ("coutn = 3", ["unknown option 'coutn'", "'count'"]),
+    ("count = 'x'", ["count='x'", "whole"]),
+    ("rate = True", ["rate=True"]),
+    ("name = 3", ["name=3", "text"]),
+    ("loops = 3", ["loops=3", "list"]),
+    ("count = ", ["SyntaxError"]),
+    ("count = 1 / 0", ["ZeroDivisionError"]),
+    ("count = none", ["NameError"]),
+    ("count = None", ["count=None"]),
+    ("raise OverflowError('a\\n' + 'b' * 5000)", ["OverflowError: a b", "b..."]),
+]
+
+
+@pytest.mark.parametrize("source, words", WRONG_FILES)
+def test_a_wrong_config_file_is_one_line_that_names_it(run, tmp_path, source, words):
+    path = tmp_path / "bad.py"
+    path.write_text(source)
+    code, text = run(str(path))
+    assert code == 2 and text.count("\n") == 1 and len(text) < 900
+    assert all(word in text for word in ["bad.py", *words]), text
+
+
+KNOBS = {**OWN, "width": 768}
+names = st.sampled_from(list(KNOBS)) | st.text().filter(lambda name: "=" not in name)
+numbers = st.integers() | st.floats() | st.lists(st.integers()) | st.booleans()
+
+
+@given(names, st.text() | numbers.map(str))
+@example("count", "1")
+@example("count", "x" * 2000)
+@example("count", "\n")
+@example("x" * 2000, "")
+def test_any_text_is_a_value_of_the_knobs_type_or_one_clear_error(script, name, text):
+    scope = {"__file__": str(script), "__doc__": ""}
+    stderr = io.StringIO()
     try:
-        configure({"__file__": __file__, "__doc__": ""}, argv=[f"--{name}={text}"])
+        with contextlib.redirect_stderr(stderr):
+            config, _ = configure(scope, (script, "Shape"), argv=[f"--{name}={text}"])
     except SystemExit as stop:
-        assert stop.code in (0, 2)
-    assert knobs["n_embd"].value == 768
+        program, _, line = stderr.getvalue().partition(": ")
+        assert stop.code == 2 and program == Path(sys.argv[0]).name
+        assert line.count("\n") == 1 and line.endswith("\n") and len(line) <= 800
+        assert line.startswith(f"{name}=" if name in KNOBS else "unknown option ")
+    else:
+        assert type(config[name]) is type(KNOBS[name])
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
-def test_scripts_describe_themselves(script):
-    run = subprocess.run(
-        [sys.executable, ROOT / script, "-h"], capture_output=True, text=True, timeout=60
-    )
-    knobs = read_knobs(ROOT / script)
+# -----------------------------------------------------------------------------
+# validating
+
+
+def test_require_names_the_option_its_value_and_what_is_allowed():
+    require("mode", "b", True, "a or b")
+    with pytest.raises(ValueError, match=r"^mode='c': must be a or b$"):
+        require("mode", "c", False, "a or b")
+
+
+RANGES = [  # value, least, most, message
+    (0, 1, math.inf, "n=0: must be at least 1"),
+    (-0.5, 0, 1, "n=-0.5: must be from 0 to 1"),
+    (1.5, 0, 1, "n=1.5: must be from 0 to 1"),
+    (math.inf, 0, math.inf, "n=inf: must be a finite number"),
+    (math.nan, 0, 1, "n=nan: must be a finite number"),
+    (1, 1, math.inf, ""),
+    (0, 0, 1, ""),
+    (1.0, 0, 1, ""),
+    (10**400, 1, math.inf, ""),
+]
+
+
+@pytest.mark.parametrize("value, least, most, message", RANGES)
+def test_a_value_outside_its_range_is_refused_in_words(value, least, most, message):
+    try:
+        check_ranges({"other": 0, "n": value}, {"n": (least, most)})
+    except ValueError as error:
+        assert str(error) == message
+    else:
+        assert message == ""
+
+
+# -----------------------------------------------------------------------------
+# help
+
+GROUPED = '''
+"""A script with groups."""
+# ---------------------------------
+plain = 1  # before every group
+# the first group
+alpha = 1  # first
+beta = (
+    2  # in brackets
+)
+# ---------------------------------
+# the second group, which has
+# a heading of two lines
+gamma = 3
+delta = 4  # the fourth of the four options, with a help that does not fit in one line of a terminal
+
+# a remark that no knob follows
+
+epsilon = "a\\nb"  # last
+configure(globals())
+'''
+
+
+@pytest.fixture
+def grouped(tmp_path):
+    path = tmp_path / "grouped.py"
+    path.write_text(GROUPED)
+    return path
+
+
+def test_a_comment_line_above_a_knob_is_the_heading_of_those_that_follow(grouped):
+    second = "the second group, which has a heading of two lines"
+    assert [(knob.name, knob.group) for knob in read_knobs(grouped).values()] == [
+        ("plain", ""),
+        ("alpha", "the first group"),
+        ("beta", "the first group"),
+        ("gamma", second),
+        ("delta", second),
+        ("epsilon", second),
+    ]
+
+
+def test_the_comment_on_a_knobs_lines_is_its_help(grouped):
+    knobs = read_knobs(grouped)
+    assert [knobs[name].help for name in ("plain", "beta", "gamma", "epsilon")] == [
+        "before every group",
+        "in brackets",
+        "",
+        "last",
+    ]
+
+
+HELP = """\
+A script with groups.
+
+options, with their defaults:
+    --plain=1       before every group
+
+  the first group
+    --alpha=1       first
+    --beta=2        in brackets
+
+  the second group, which has a heading of two lines
+    --gamma=3
+    --delta=4       the fourth of the four options, with a help that does not fit in one line of a
+                    terminal
+    --epsilon=a\\nb  last
+
+fields of Shape (script.py):
+    --width=768     of the model
+    --n_layer=12
+    --share=0.0
+"""
+
+
+def test_help_lists_own_options_by_group_then_those_of_each_source(grouped, script, capsys):
+    scope = {"__file__": str(grouped), "__doc__": "\nA script with groups.\n"}
+    with pytest.raises(SystemExit) as stop:
+        configure(scope, (script, "Shape"), argv=["--plain=3", "-h"])
+    assert stop.value.code == 0 and capsys.readouterr().out == HELP
+
+
+def test_an_option_of_two_files_is_listed_once_with_the_scripts_own_default(script, capsys):
+    other = script.with_name("other.py")
+    other.write_text("count = 7  # another count\nconfigure(globals())\n")
+    with pytest.raises(SystemExit):
+        configure({"__file__": str(other), "__doc__": ""}, (script, ""), argv=["-h"])
+    text = capsys.readouterr().out
+    assert "options of script.py:" in text and text.count("--count=") == 1
+    assert "--count=7" in text and "--rate=1.5" in text and "--later" not in text
+
+
+@pytest.mark.parametrize("path", ["train.py", "sample.py", "bench.py"])
+def test_scripts_describe_themselves(path):
+    command = [sys.executable, ROOT / path, "-h"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    knobs = read_knobs(ROOT / path)
     assert run.returncode == 0 and run.stderr == "" and len(knobs) > 3
-    assert all(f"--{name}=" in run.stdout for name in knobs)
+    assert all(f"    --{name}=" in run.stdout for name in knobs)
+    options = run.stdout.partition("options, with their defaults:")[2]
+    assert max(map(len, options.splitlines())) <= HELP_WIDTH
+
+
+def test_help_into_a_closed_pipe_is_silent():
+    """As in `-h | head -1`, where head ends before everything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, ROOT / "data" / "phop" / "prepare.py", "-h"]
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert run.returncode == 0 and run.stderr == b""

@@ -1,15 +1,18 @@
-"""Token files: their order, their windows, what a prepare script writes, and what a damaged one is told."""
+"""Token files: their order, windows and bytes, and the message about a damaged file."""
 
 import hashlib
 import json
+import os
 import shutil
 import sys
+import sysconfig
 
 import numpy as np
 import pytest
 from conftest import Run, prose
 
 from nanorecur.dataset import (
+    check_meta,
     download,
     load_meta,
     make_tokenizer,
@@ -17,20 +20,26 @@ from nanorecur.dataset import (
     permute,
     random_key,
     write_dataset,
+    write_task,
 )
+from nanorecur.files import sha256, write_atomically, write_part
+
+BYTES = {"tokenizer": "bytes"}
 
 
 def split(folder, block_size=16, name="train", vocab_size=256):
     return open_split(folder, name, load_meta(folder), block_size, vocab_size)
 
 
+# -----------------------------------------------------------------------------
+# the order of training
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 17, 255, 1000, 65537])
-def test_permute_is_a_permutation_that_depends_on_its_key(n):
+def test_permute_is_a_permutation_that_depends_on_its_key_and_on_no_state(n):
     order = permute(np.arange(n), n, key=1)
     assert np.array_equal(np.sort(order), np.arange(n))
-    assert np.array_equal(
-        permute(np.arange(n)[::-1], n, key=1), order[::-1]
-    )  # place by place, without a state
+    assert np.array_equal(permute(np.arange(n)[::-1], n, key=1), order[::-1])
     assert n < 7 or not np.array_equal(order, permute(np.arange(n), n, key=2))
 
 
@@ -41,140 +50,193 @@ def test_permute_looks_random():
     assert np.mean(np.diff(order) == 1) < 0.001
 
 
-def test_random_key_is_the_same_everywhere():
+def test_a_random_key_is_the_same_on_every_machine_and_another_for_other_parts():
     assert random_key(1337, "train", 0) == 7332775478000334554
-    assert (
-        len(
-            {
-                random_key(seed, name, i)
-                for seed in range(5)
-                for name in ("a", "b")
-                for i in range(100)
-            }
-        )
-        == 1000
-    )
+    parts = [(seed, name, i) for seed in range(5) for name in ("a", "b") for i in range(100)]
+    assert len({random_key(*part) for part in parts}) == 1000
 
 
-def test_an_epoch_visits_every_window_once(corpus):
+def test_the_order_of_training_is_the_one_of_earlier_versions(corpus):
+    """A run that an earlier version began must see the same windows when it is resumed."""
+    data = split(corpus)
+    starts = data.shuffled(np.array([0, 1, 3479, 3480, 9999]), seed=1337)
+    assert data.n_windows == 3480 and starts.tolist() == [34624, 53920, 24208, 22408, 17284]
+
+
+def test_the_first_epoch_visits_every_window_of_the_text_once(corpus):
+    data = split(corpus)
+    starts = data.shuffled(np.arange(data.n_windows), seed=1)
+    assert sorted(starts) == list(range(0, data.n_windows * 16, 16))
+    assert not np.array_equal(starts, data.shuffled(np.arange(data.n_windows), seed=2))
+
+
+def test_a_later_epoch_visits_every_window_from_an_offset_of_its_own(corpus):
     data = split(corpus)
     n = data.n_windows
-    first = data.shuffled(np.arange(n), seed=1)
-    assert sorted(first) == list(range(0, n * 16, 16))
-    second = data.shuffled(np.arange(n, 2 * n), seed=1)
-    assert len(set(second % 16)) == 1 and len(set(second)) == n  # the same cut, moved by one offset
-    assert (
-        len({data.shuffled(np.array([n]), seed)[0] % 16 for seed in range(8)}) > 1
-    )  # another one for each seed
+    first, second = data.shuffled(np.arange(2 * n), seed=1).reshape(2, n)
+    assert len(set(second % 16)) == 1
     assert sorted((second - second.min()) // 16) == list(range(n))
     assert not np.array_equal(np.argsort(first), np.argsort(second))
-    assert not np.array_equal(first, data.shuffled(np.arange(n), seed=2))
+    assert len({data.shuffled(np.array([n]), seed)[0] % 16 for seed in range(8)}) > 1
+
+
+# -----------------------------------------------------------------------------
+# windows
 
 
 def test_windows_are_the_tokens_and_their_successors(corpus):
     data = split(corpus)
-    text = make_tokenizer(load_meta(corpus)).encode(prose(1, 10000))
-    x, y = data.windows(np.array([0, 160, 5]))
-    for row, start in enumerate((0, 160, 5)):
-        assert (
-            x[row].tolist() == text[start : start + 16]
-            and y[row].tolist() == text[start + 1 : start + 17]
-        )
-    x, y = data.windows(np.array([len(text) - 10]))  # over the end and on at the beginning
-    assert x[0].tolist() == (text[-10:] + text)[:16] and y[0].tolist() == (text[-10:] + text)[1:17]
+    ids = make_tokenizer(load_meta(corpus)).encode(prose(1, 10000))
+    starts = [0, 160, 5]
+    x, y = data.windows(np.array(starts))
+    assert x.tolist() == [ids[start : start + 16] for start in starts]
+    assert y.tolist() == [ids[start + 1 : start + 17] for start in starts]
+
+
+def test_a_window_over_the_end_continues_at_the_beginning(corpus):
+    data = split(corpus)
+    ids = make_tokenizer(load_meta(corpus)).encode(prose(1, 10000))
+    x, y = data.windows(np.array([len(ids) - 10]))
+    assert x[0].tolist() == (ids[-10:] + ids)[:16] and y[0].tolist() == (ids[-10:] + ids)[1:17]
 
 
 def test_spread_is_fixed_distinct_and_covers_the_split(corpus):
     data = split(corpus, name="val")
     starts = data.spread(20)
-    assert len(set(starts)) == 20 and starts[0] == 0 and starts[-1] > 0.9 * data.n_tokens
+    assert len(set(starts)) == 20 and starts[0] == 0
+    assert 0.9 * data.n_tokens < starts[-1] < data.n_tokens - 16
     assert sorted(data.spread(data.n_windows)) == list(range(0, data.n_windows * 16, 16))
-    data.windows(starts)  # none beyond the end
 
 
 @pytest.mark.parametrize("stride", [1, 5, 16])
 def test_sliding_windows_score_every_token_once(corpus, stride):
     data = split(corpus, name="val")
-    starts, fresh = data.sliding(stride)
-    x, y = data.windows(starts, fresh)
+    starts, n_scored = data.sliding(stride)
+    x, y = data.windows(starts, n_scored)
     places = (starts[:, None] + 1 + np.arange(16))[y >= 0]
     assert sorted(places) == list(range(1, data.n_tokens))
-    assert np.array_equal(y[y >= 0], data.tokens[places]) and (fresh[1:-1] == stride).all()
+    assert np.array_equal(y[y >= 0], data.tokens[places]) and (n_scored[1:-1] == stride).all()
     assert np.array_equal(x, data.windows(starts)[0])
 
 
+# -----------------------------------------------------------------------------
+# tokenizers
+
 TEXT = "To be, or not to be: that is the question.\nÄ\x00é \U0001f600"
+CHARS = {"tokenizer": "char", "chars": "".join(sorted(set(TEXT)))}
 
 
-@pytest.mark.parametrize(
-    "meta",
-    [{"tokenizer": "bytes"}, {"tokenizer": "char", "chars": "".join(sorted(set(TEXT)))}],
-    ids=lambda m: m["tokenizer"],
-)
+@pytest.mark.parametrize("meta", [BYTES, CHARS], ids=["bytes", "char"])
 def test_tokenizers_round_trip(meta):
     tokenizer = make_tokenizer(meta)
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT and max(ids) < tokenizer.vocab_size
 
 
-def test_tokenizers_on_strange_input():
-    with pytest.raises(ValueError, match="'z' is not in the alphabet"):
-        make_tokenizer({"tokenizer": "char", "chars": "abc"}).encode("abz")
-    tokenizer = make_tokenizer({"tokenizer": "bytes"})
+def test_a_character_beyond_the_alphabet_is_named():
+    tokenizer = make_tokenizer({"tokenizer": "char", "chars": "abc"})
+    with pytest.raises(ValueError, match="'z' is not in the alphabet of this model: 'abc'"):
+        tokenizer.encode("abz")
+
+
+def test_bytes_that_are_no_text_go_through_the_byte_tokenizer():
+    tokenizer = make_tokenizer(BYTES)
     assert tokenizer.decode([255, 65]) == "\ufffdA"
-    assert tokenizer.encode(b"\xff\xc3A".decode("utf-8", "surrogateescape")) == [
-        255,
-        0xC3,
-        65,
-    ]  # as prompts are read
+    prompt = b"\xff\xc3A".decode("utf-8", "surrogateescape")  # as prompts are read
+    assert tokenizer.encode(prompt) == [255, 0xC3, 65]
 
 
-def test_what_is_written(tmp_path):
-    meta = write_dataset(
-        tmp_path, {"tokenizer": "bytes"}, {"train": ["ab", b"c\xff"], "val": ["é"]}
-    )
-    raw = (tmp_path / "train.bin").read_bytes()
-    assert raw == np.array([97, 98, 99, 255], "<u2").tobytes()
-    assert (
-        meta
-        == json.loads((tmp_path / "meta.json").read_text())
-        == {
-            "tokenizer": "bytes",
-            "vocab_size": 256,
-            "dtype": "uint16",
-            "splits": {
-                "train": {"tokens": 4, "bytes": 4, "sha256": hashlib.sha256(raw).hexdigest()},
-                "val": {
-                    "tokens": 2,
-                    "bytes": 2,
-                    "sha256": hashlib.sha256(b"\xc3\0\xa9\0").hexdigest(),
-                },
-            },
-        }
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+@pytest.mark.parametrize("name", ["", "a/b", None, 3, "x" * 100])
+def test_a_name_that_is_no_tokenizers_is_refused(name):
+    with pytest.raises(ValueError, match="^tokenizer='.*': must be char, bytes or a tiktoken"):
+        make_tokenizer({"tokenizer": name})
 
 
-def test_large_alphabets_take_four_bytes(tmp_path):
+# -----------------------------------------------------------------------------
+# writing
+
+
+def test_the_files_hold_the_ids_and_meta_says_what_they_are(tmp_path, capsys):
+    texts = {"train": ["ab", b"c\xff"], "val": ["é"]}
+    meta = write_dataset(tmp_path, BYTES, texts)
+    train, val = b"a\0b\0c\0\xff\0", b"\xc3\0\xa9\0"
+    assert (tmp_path / "train.bin").read_bytes() == train
+    assert (tmp_path / "val.bin").read_bytes() == val
+    assert meta == json.loads((tmp_path / "meta.json").read_text())
+    assert meta == {
+        "tokenizer": "bytes",
+        "vocab_size": 256,
+        "dtype": "uint16",
+        "splits": {
+            "train": {"tokens": 4, "bytes": 4, "sha256": hashlib.sha256(train).hexdigest()},
+            "val": {"tokens": 2, "bytes": 2, "sha256": hashlib.sha256(val).hexdigest()},
+        },
+    }
+    assert sorted(os.listdir(tmp_path)) == ["meta.json", "train.bin", "val.bin"]
+    assert "train.bin: 4 tokens" in capsys.readouterr().out
+
+
+def test_more_than_65536_ids_take_four_bytes_each(tmp_path):
     chars = "".join(map(chr, range(0x10000, 0x10000 + 2**16 + 1)))
-    write_dataset(
-        tmp_path, {"tokenizer": "char", "chars": chars}, {"train": [chars], "val": [chars]}
-    )
+    meta = {"tokenizer": "char", "chars": chars}
+    write_dataset(tmp_path, meta, {"train": [chars], "val": [chars]})
     data = split(tmp_path, vocab_size=2**16 + 1)
     assert data.windows(np.array([2**16 - 16]))[1][0, -1] == 2**16
 
 
-def test_dying_while_writing_leaves_nothing_that_looks_whole(tmp_path):
-    write_dataset(tmp_path, {"tokenizer": "bytes"}, {"train": ["a" * 99], "val": ["b" * 99]})
+def test_dying_while_writing_leaves_nothing_that_looks_complete(tmp_path):
+    write_dataset(tmp_path, BYTES, {"train": ["a" * 99], "val": ["b" * 99]})
 
     def dies():
         yield "c" * 50
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_dataset(tmp_path, {"tokenizer": "bytes"}, {"train": dies(), "val": ["d"]})
+        write_dataset(tmp_path, BYTES, {"train": dies(), "val": ["d"]})
     with pytest.raises(ValueError, match="meta.json: missing or damaged .* run: python"):
         load_meta(tmp_path)
+
+
+def test_a_task_whose_rows_have_several_lengths_is_refused(tmp_path):
+    def make(level, rng):
+        return "?" * level, "!"
+
+    with pytest.raises(ValueError, match="must have one length each"):
+        write_task(tmp_path, "?!", make, {"train": {1: 1}, "val": {2: 1}}, seed=1)
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+def test_a_write_that_fails_leaves_the_file_before_and_no_part(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, b"before")
+
+    def fails(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_part(path, fails)
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["file"]
+    assert sha256(path) == hashlib.sha256(b"before").hexdigest()
+
+
+def test_torchs_error_for_a_full_disk_becomes_an_oserror(tmp_path):
+    def fails(file):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos")  # noqa: B904
+
+    with pytest.raises(OSError, match="file.part: cannot be written .*No space left"):
+        write_part(tmp_path / "file", fails)
+    assert os.listdir(tmp_path) == []
+
+
+# -----------------------------------------------------------------------------
+# damaged files
 
 
 @pytest.fixture
@@ -182,23 +244,70 @@ def copy(corpus, tmp_path):
     return shutil.copytree(corpus, tmp_path / "copy")
 
 
-def test_damaged_files_are_named_with_the_command_that_mends_them(copy):
+@pytest.mark.parametrize("damage", ["a byte less", "a token less", "empty", "a token more"])
+def test_a_split_of_another_size_is_named_with_the_command_that_repairs_it(copy, damage):
     path = copy / "train.bin"
     data = path.read_bytes()
-    for damaged in (data[:-1], data[:-2], b"", data + b"\0\0"):
-        path.write_bytes(damaged)
-        with pytest.raises(
-            ValueError,
-            match="train.bin: .* bytes where meta.json says .*; run: python .*prepare.py",
-        ):
-            split(copy)
-    path.unlink()
-    with pytest.raises(ValueError, match="train.bin: is missing; run: python"):
+    damaged = {
+        "a byte less": data[:-1],
+        "a token less": data[:-2],
+        "empty": b"",
+        "a token more": data + b"\0\0",
+    }
+    path.write_bytes(damaged[damage])
+    words = r"train.bin: [\d,]+ bytes where meta.json says [\d,]+; run: python .*prepare.py"
+    with pytest.raises(ValueError, match=words):
         split(copy)
-    for text in ("", "{", "[]", '{"tokenizer": "char"}'):
-        (copy / "meta.json").write_text(text)
-        with pytest.raises(ValueError, match="meta.json: missing or damaged"):
-            load_meta(copy)
+
+
+def test_a_missing_split_is_named_with_the_command_that_repairs_it(copy):
+    (copy / "train.bin").unlink()
+    with pytest.raises(ValueError, match="train.bin: is missing; run: python .*prepare.py"):
+        split(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"tokenizer": "char"}', "[" * 10**5])
+def test_a_damaged_meta_is_named_with_the_command_that_repairs_it(copy, text):
+    (copy / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match="meta.json: missing or damaged .*; run: python"):
+        load_meta(copy)
+
+
+TASK = {
+    "tokenizer": "bytes",
+    "vocab_size": 256,
+    "dtype": "uint16",
+    "splits": {"train": {"tokens": 6, "bytes": 6}, "val": {"tokens": 3, "bytes": 3}},
+    "row": {"length": 3, "prompt": 2, "levels": {"train": [[1, 2]], "val": [[1, 1]]}},
+}
+WRONG_METAS = [  # the path of a value in meta.json, another value, the message
+    (["dtype"], "int8", "dtype"),
+    (["dtype"], [], "dtype"),
+    (["vocab_size"], 0, "vocab_size"),
+    (["vocab_size"], 2**20 + 1, "vocab_size"),
+    (["vocab_size"], True, "vocab_size"),
+    (["tokenizer"], "../x", "tokenizer"),
+    (["splits", "train", "tokens"], -1, "tokens of train"),
+    (["splits", "train", "tokens"], 6.0, "tokens of train"),
+    (["splits", "val", "bytes"], 0, "bytes of val"),
+    (["row", "prompt"], 3, "prompt and length of row"),
+    (["row", "length"], 0, "prompt and length of row"),
+    (["row", "levels", "train"], [[1, 1]], "levels of train"),
+    (["row", "levels", "val"], [[1, 1.0]], "levels of val"),
+    (["row", "levels", "val"], [[-1, 1]], "levels of val"),
+]
+
+
+@pytest.mark.parametrize("keys, value, message", WRONG_METAS)
+def test_a_wrong_value_in_meta_is_named(keys, value, message):
+    meta = json.loads(json.dumps(TASK))
+    check_meta(meta)
+    place = meta
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        check_meta(meta)
 
 
 def test_one_token_beyond_the_vocabulary_is_found(copy):
@@ -209,76 +318,76 @@ def test_one_token_beyond_the_vocabulary_is_found(copy):
         split(copy)
 
 
-def test_a_split_shorter_than_a_window(corpus):
+def test_a_split_shorter_than_a_window_is_refused(corpus):
     with pytest.raises(ValueError, match="block_size=1000000: .* has only"):
         split(corpus, block_size=1000000)
 
 
+# -----------------------------------------------------------------------------
+# downloads and prepare scripts
+
+
 def test_download_refuses_what_is_not_the_file(tmp_path):
-    source = tmp_path / "source"
+    source, target, other = tmp_path / "source", tmp_path / "target", tmp_path / "other"
     source.write_bytes(b"hello")
-    good = hashlib.sha256(b"hello").hexdigest()
-    download(source.as_uri(), tmp_path / "to", 5, good)
-    assert (tmp_path / "to").read_bytes() == b"hello"
-    source.unlink()
-    download(source.as_uri(), tmp_path / "to", 5, good)  # there already
-    with pytest.raises(ValueError, match="could not download"):
-        download(source.as_uri(), tmp_path / "other", 5, good)
+    digest = hashlib.sha256(b"hello").hexdigest()
+    download(source.as_uri(), target, 5, digest)
+    assert target.read_bytes() == b"hello"
     source.write_bytes(b"hellO")
-    with pytest.raises(ValueError, match="not the expected file"):
-        download(source.as_uri(), tmp_path / "other", 5, good)
-    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="not the expected file of 5 bytes"):
+        download(source.as_uri(), other, 5, digest)
+    source.unlink()
+    with pytest.raises(ValueError, match="could not download"):
+        download(source.as_uri(), other, 5, digest)
+    download(source.as_uri(), target, 5, digest)  # it is there already
+    assert not other.exists()
 
 
-def test_prepare_shakespeare_from_a_local_copy(tmp_path):
-    (tmp_path / "play.txt").write_text(TEXT * 10)
+def test_prepare_shakespeare_splits_a_local_text_and_repeats_itself(tmp_path):
+    text = TEXT * 10
+    (tmp_path / "play.txt").write_text(text)
     arguments = (f"--input_file={tmp_path / 'play.txt'}", f"--out_dir={tmp_path}")
     assert Run("data/shakespeare_char/prepare.py", *arguments).code == 0
     files = {name: (tmp_path / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")}
-    tokenizer, cut = make_tokenizer(load_meta(tmp_path)), int(0.9 * len(TEXT * 10))
-    assert tokenizer.decode(np.frombuffer(files["train.bin"], "<u2")) == (TEXT * 10)[:cut]
-    assert tokenizer.decode(np.frombuffer(files["val.bin"], "<u2")) == (TEXT * 10)[cut:]
+    tokenizer = make_tokenizer(load_meta(tmp_path))
+    cut = int(0.9 * len(text))
+    assert tokenizer.decode(np.frombuffer(files["train.bin"], "<u2")) == text[:cut]
+    assert tokenizer.decode(np.frombuffer(files["val.bin"], "<u2")) == text[cut:]
     assert Run("data/shakespeare_char/prepare.py", *arguments).code == 0
     assert files == {name: (tmp_path / name).read_bytes() for name in files}
-    for bad in (tmp_path / "nowhere.txt", tmp_path / "empty.txt"):
-        (tmp_path / "empty.txt").write_text("")
-        run = Run(
-            "data/shakespeare_char/prepare.py", f"--input_file={bad}", f"--out_dir={tmp_path}"
-        )
-        assert run.code == 2 and bad.name in run.err and "Traceback" not in run.err
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "empty.txt"])
+def test_prepare_shakespeare_names_a_text_that_it_cannot_use(tmp_path, name):
+    (tmp_path / "empty.txt").write_text("")
+    arguments = (f"--input_file={tmp_path / name}", f"--out_dir={tmp_path}")
+    run = Run("data/shakespeare_char/prepare.py", *arguments)
+    assert run.code == 2 and name in run.err and run.err.count("\n") == 1
 
 
 def test_prepare_pycode_splits_the_library_by_file(tmp_path, monkeypatch):
-    import sysconfig
-
     library = tmp_path / "lib"
+    (library / "pkg").mkdir(parents=True)
     for i in range(40):
-        (library / "pkg").mkdir(parents=True, exist_ok=True)
         (library / "pkg" / f"m{i:02}.py").write_text(f"x = {i}\n")
     (library / "site-packages").mkdir()
     (library / "site-packages" / "other.py").write_text("installed later\n")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(library)})
     assert Run("data/pycode/prepare.py", f"--out_dir={tmp_path}").code == 0
-    val = bytes(np.fromfile(tmp_path / "val.bin", "<u2").astype(np.uint8))
-    train = bytes(np.fromfile(tmp_path / "train.bin", "<u2").astype(np.uint8))
-    assert val == b"x = 0\nx = 20\n" and train == b"".join(
-        b"x = %d\n" % i for i in range(40) if i % 20
-    )
+    val = np.fromfile(tmp_path / "val.bin", "<u2").astype(np.uint8).tobytes()
+    train = np.fromfile(tmp_path / "train.bin", "<u2").astype(np.uint8).tobytes()
+    assert val == b"x = 0\nx = 20\n"
+    assert train == b"".join(b"x = %d\n" % i for i in range(40) if i % 20)
 
 
 @pytest.mark.skipif(sys.byteorder != "little", reason="compares raw bytes")
 def test_nanogpts_files_are_read_as_they_are(tmp_path):
-    """uint16 tokens without a header, as its prepare.py writes with numpy's tofile."""
+    """Its prepare.py writes uint16 tokens without a header, by numpy's tofile."""
     for name in ("train", "val"):
         np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
     info = {"tokens": 100, "bytes": 400, "sha256": ""}
-    meta = {
-        "tokenizer": "gpt2",
-        "vocab_size": 50257,
-        "dtype": "uint16",
-        "splits": {"train": info, "val": info},
-    }
+    splits = {"train": info, "val": info}
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", "splits": splits}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    assert split(tmp_path, vocab_size=50257).windows(np.array([10]))[0][0].tolist() == list(
-        range(10, 26)
-    )
+    x, _ = split(tmp_path, vocab_size=50257).windows(np.array([10]))
+    assert x[0].tolist() == list(range(10, 26))

@@ -1,4 +1,4 @@
-"""Short forms of torture.py: what a run survives, and what it refuses; and the pieces of checkpoint.py behind it."""
+"""Short forms of torture.py: what a run survives; and of checkpoint.py what protects its files."""
 
 import json
 import os
@@ -7,11 +7,15 @@ import signal
 import pytest
 import torch
 import torture
-from conftest import build, train
+from conftest import build
+from forked import end, start, tail
 
 from nanorecur import checkpoint
 
-SHORT = {
+# -----------------------------------------------------------------------------
+# rows of the torture
+
+ROWS = {  # name: trials
     "killed": 1,
     "killed_two": 1,
     "damaged": 6,
@@ -27,6 +31,7 @@ SHORT = {
     "fuzzed": 40,
     "locked": 1,
 }
+FAST = {"killed": 1, "damaged": 2, "locked": 1, "fuzzed": 5, "hostile": 10}
 
 
 @pytest.fixture(scope="module")
@@ -34,78 +39,115 @@ def place(tmp_path_factory):
     return torture.Place(tmp_path_factory.mktemp("torture"))
 
 
-@pytest.mark.parametrize("name", SHORT)
-def test_a_row_of_the_torture(place, name):
+@pytest.fixture(scope="module")
+def another_place(tmp_path_factory):
+    return torture.Place(tmp_path_factory.mktemp("torture"))
+
+
+def assert_nothing_is_wrong(place, name, trials):
     torture.random.seed(name)
-    wrong = list(torture.ROWS[name][1](place, SHORT[name]))
-    assert wrong and not any(wrong), [text for text in wrong if text]
+    wrong = list(torture.ROWS[name][1](place, trials))
+    assert wrong
+    assert not any(wrong), [text for text in wrong if text]
 
 
+@pytest.mark.parametrize("name", FAST)
+def test_a_few_trials_of_a_row(place, name):
+    assert_nothing_is_wrong(place, name, FAST[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row(another_place, name):
+    assert_nothing_is_wrong(another_place, name, ROWS[name])
+
+
+def test_every_row_has_a_short_form():
+    assert set(ROWS) == set(torture.ROWS) - {"long"}
+
+
+@pytest.mark.slow
 def test_a_run_grows_neither_in_memory_nor_in_files(place):
     assert list(torture.long_run(place, 1, steps=300)) == [""]
 
 
-def test_what_is_known_of_the_gradients_goes_on_with_the_run(place):
-    """A first step that is skipped leaves the average to begin at the second, and the median of a spike is not begun anew."""
-    options = (
-        "--ema_decay=0.999",
-        "--max_iters=120",
-        "--eval_iters=1",
-        "--eval_interval=200",
-        "--spike_factor=50",
-        "--save_interval=0",
-    )
-    runs = {}
-    for stops in ((120,), (1, 110, 120)):
-        out, printed = place.new()
-        for first, stop in zip((0, *stops), stops):
-            poison = (
-                (torture.poison, "nan", 0, 1)
-                if first == 0
-                else (torture.poison, "spike", 2 * (115 - first), 2 * (115 - first) + 1)
-            )
-            prepare = (spoil, *poison[1:3]) if len(stops) == 1 else poison
-            call = place.call(out, *options, f"--max_iters={stop}", "--lr_decay_iters=120")
-            assert torture.end([torture.start(printed, *call, prepare=prepare)]) == [0], (
-                torture.tail(printed)
-            )
-        assert [entry["iter"] for entry in torture.log(out) if "skipped" in entry] == [0, 115]
-        runs[stops] = out
-    steps = [[entry for entry in torture.log(out) if "loss" in entry] for out in runs.values()]
-    assert torture.difference(*steps) == ""
-    assert torture.difference(*(checkpoint.load(out)["model"] for out in runs.values())) == ""
-
-
-def spoil(how, call):
-    """Both of the above in one process: steps 0 and 115 of two micro-steps."""
+def poison_twice():
+    """Skip step 0 for NaN and step 115 for a spike, of two micro-steps each."""
     torture.poison("nan", 0, 1)
     torture.poison("spike", 230, 231)
 
 
-def state(n, **parts):
-    model = build(seed=n)
-    return {
-        "model": model.state_dict(),
-        "model_args": vars(model.config),
-        "iter_num": n,
-        "format": 1,
-        **parts,
-    }
+@pytest.mark.slow
+def test_what_is_known_of_the_gradients_goes_on_with_the_run(place):
+    """The average begins at the first step that is made; the median survives a restart."""
+    options = ("--ema_decay=0.999", "--spike_factor=50", "--max_iters=120", "--lr_decay_iters=120")
+    options += ("--eval_iters=1", "--eval_interval=200", "--save_interval=0")
+
+    def run(out, printed, stop, prepare):
+        call = place.call(out, *options, f"--max_iters={stop}")
+        assert end([start(printed, *call, prepare=prepare)]) == [0], tail(printed)
+
+    undisturbed, printed = place.new()
+    run(undisturbed, printed, 120, (poison_twice,))
+    stopped, printed = place.new()
+    run(stopped, printed, 1, (torture.poison, "nan", 0, 1))
+    run(stopped, printed, 110, ())
+    run(stopped, printed, 120, (torture.poison, "spike", 10, 11))  # counted from step 110
+    for out in (undisturbed, stopped):
+        assert [entry["iter"] for entry in torture.log(out) if "skipped" in entry] == [0, 115]
+    steps = [
+        [entry for entry in torture.log(out) if "loss" in entry] for out in (undisturbed, stopped)
+    ]
+    assert torture.difference(*steps) == ""
+    weights = [checkpoint.load(out)["model"] for out in (undisturbed, stopped)]
+    assert torture.difference(*weights) == ""
+
+
+def test_difference_finds_a_bit():
+    a = {"x": [torch.zeros(2), 1.0], "y": float("nan")}
+    b = {"x": [torch.zeros(2), 1.0], "y": float("nan")}
+    assert torture.difference(a, b) == ""
+    b["x"][0][1] = 1e-30
+    assert torture.difference(a, b) == ".x.0"
+    assert torture.difference({"x": 1}, {"y": 1}, "log") == "log"
+    assert torture.difference(torch.zeros(2), torch.zeros(2).double(), "w") == "w"
+
+
+# -----------------------------------------------------------------------------
+# what protects the files of a run
+
+
+def state(number, **parts):
+    """Return a checkpoint of step number."""
+    model = build(seed=number)
+    ckpt = {"model": model.state_dict(), "model_args": vars(model.config), "format": 1}
+    return {**ckpt, "iter_num": number, **parts}
+
+
+def steps_of(folder, names):
+    return [checkpoint.load(folder / name)["iter_num"] for name in names]
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path, capsys):
-    for n in range(1, 7):
-        checkpoint.save(tmp_path, state(n), keep_last=4)
+    for number in range(1, 7):
+        checkpoint.save(tmp_path, state(number), keep_last=4)
     names = ["ckpt.pt", "ckpt_prev.pt", "ckpt_prev2.pt", "ckpt_prev3.pt"]
-    assert [checkpoint.load(tmp_path / name)["iter_num"] for name in names] == [6, 5, 4, 3]
+    assert steps_of(tmp_path, names) == [6, 5, 4, 3]
     for name in names[:3]:
         (tmp_path / name).write_bytes(b"torn")
-    assert (
-        checkpoint.load(tmp_path)["iter_num"] == 3
-        and capsys.readouterr().err.count("going back") == 3
-    )
+    assert checkpoint.load(tmp_path)["iter_num"] == 3
+    assert capsys.readouterr().err.count("going back") == 3
     checkpoint.save(tmp_path, state(7))
     assert sorted(os.listdir(tmp_path)) == ["ckpt.json", "ckpt.pt", "ckpt_prev.pt"]
+
+
+def test_a_save_that_died_before_its_last_rename_costs_no_older_checkpoint(tmp_path):
+    for number in range(1, 4):
+        checkpoint.save(tmp_path, state(number), keep_last=3)
+    (tmp_path / "ckpt_prev.pt").unlink()
+    os.link(tmp_path / "ckpt.pt", tmp_path / "ckpt_prev.pt")  # steps 3, 3, 1
+    checkpoint.save(tmp_path, state(4), keep_last=3)
+    assert steps_of(tmp_path, ["ckpt.pt", "ckpt_prev.pt", "ckpt_prev2.pt"]) == [4, 3, 1]
 
 
 @pytest.mark.parametrize("part", ["model", "training_model"])
@@ -118,25 +160,24 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, part):
     assert checkpoint.load(tmp_path)["iter_num"] == 1
 
 
-def test_a_checkpoint_without_its_list_is_named(tmp_path, capsys):
+def test_a_checkpoint_without_its_manifest_is_named(tmp_path, capsys):
     checkpoint.save(tmp_path, state(1))
     (tmp_path / "ckpt.json").unlink()
-    assert (
-        checkpoint.load(tmp_path)["iter_num"] == 1
-        and "ckpt.json: missing or damaged" in capsys.readouterr().err
-    )
+    assert checkpoint.load(tmp_path)["iter_num"] == 1
+    assert "ckpt.json: missing or damaged" in capsys.readouterr().err
 
 
 def test_nothing_is_written_through_links(tmp_path):
-    (tmp_path / "precious").write_text("x")
-    (tmp_path / "out").mkdir()
+    precious, out = tmp_path / "precious", tmp_path / "out"
+    precious.write_text("x")
+    out.mkdir()
     for name in ("ckpt.pt.part", "ckpt.json.part", "log.jsonl", "lock"):
-        (tmp_path / "out" / name).symlink_to(tmp_path / "precious")
-    checkpoint.save(tmp_path / "out", state(1))
-    checkpoint.cut_log(tmp_path / "out" / "log.jsonl", 3)
+        (out / name).symlink_to(precious)
+    checkpoint.save(out, state(1))
+    checkpoint.cut_log(out / "log.jsonl", 3)
     with pytest.raises(OSError):
-        checkpoint.lock(tmp_path / "out")
-    assert (tmp_path / "precious").read_text() == "x"
+        checkpoint.lock(out)
+    assert precious.read_text() == "x"
 
 
 def test_a_torn_line_of_the_log_is_dropped(tmp_path):
@@ -146,57 +187,24 @@ def test_a_torn_line_of_the_log_is_dropped(tmp_path):
     assert path.read_text() == '{"iter": 0}\n{"iter": 1}\n{"iter": 2}\n'
 
 
-def test_a_save_that_died_before_its_last_step_wastes_no_place(tmp_path):
-    for n in range(1, 4):
-        checkpoint.save(tmp_path, state(n), keep_last=3)
-    (tmp_path / "ckpt_prev.pt").unlink()
-    os.link(
-        tmp_path / "ckpt.pt", tmp_path / "ckpt_prev.pt"
-    )  # 3, 3, 1: it died before the new one got its name
-    checkpoint.save(tmp_path, state(4), keep_last=3)
-    assert [
-        checkpoint.load(tmp_path / name)["iter_num"]
-        for name in ("ckpt.pt", "ckpt_prev.pt", "ckpt_prev2.pt")
-    ] == [4, 3, 1]
-
-
 def test_a_second_interrupt_ends_a_process_at_once():
-    before = (
-        signal.getsignal(signal.SIGINT),
-        signal.getsignal(signal.SIGTERM),
-        signal.getsignal(signal.SIGUSR1),
-    )
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
     try:
         asked = checkpoint.listen()
         signal.raise_signal(signal.SIGINT)
-        assert asked == {signal.SIGINT} and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert asked == {signal.SIGINT}
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # schedulers and torchrun both send it
         assert asked == {signal.SIGINT, signal.SIGTERM}
     finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), before):
+        for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
 
 
-def test_where_only_the_best_is_kept_other_saves_leave_it_alone(corpus, tmp_path):
-    ruin = (
-        "--always_save_checkpoint=False",
-        "--decay_lr=False",
-        "--learning_rate=3",
-        "--grad_clip=0",
-        "--save_interval=1",
-    )
-    train(corpus, tmp_path / "out", *ruin, "--eval_interval=2")
-    evaluations = {
-        e["iter"]: e["eval"][1]["loss"] for e in torture.log(tmp_path / "out") if "eval" in e
-    }
-    best = min(evaluations, key=evaluations.get)
-    assert (
-        checkpoint.load(tmp_path / "out")["iter_num"] if checkpoint.exists(tmp_path / "out") else 0
-    ) == best
-
-
 def test_tensors_larger_than_their_data_are_refused(tmp_path):
-    torch.save(state(1, optimizer={"x": torch.zeros(1).expand(10**6, 10**6)}), tmp_path / "a.pt")
+    large = torch.zeros(1).expand(10**6, 10**6)
+    torch.save(state(1, optimizer={"x": large}), tmp_path / "a.pt")
     with pytest.raises(ValueError, match="optimizer.x is larger than its data"):
         checkpoint.load(tmp_path / "a.pt")

@@ -1,9 +1,9 @@
 """
-FineWeb's sample of 10B tokens, in GPT-2's, each document followed by <|endoftext|>:
+Write FineWeb's sample of 10B tokens (GPT-2's tokenizer, <|endoftext|> after each document):
 
     python data/fineweb/prepare.py [--input_files='sample/*.parquet']
 
-Writes train.bin, val.bin and meta.json. Run again after it was stopped, it goes on.
+Writes train.bin, val.bin and meta.json. Started again after it was stopped, it continues.
 """
 
 import sys
@@ -13,15 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import clear_errors, configure
 from nanorecur.corpus import open_corpus, write_documents
 
-input_files = (
-    ""  # globs of local .parquet, .jsonl or .txt files in place of the hub, commas between them
-)
-repository = "HuggingFaceFW/fineweb"  # on the Hugging Face hub
-subset = "sample-10BT"
-revision = "main"  # of the repository
-tokenizer = "gpt2"  # one of tiktoken's encodings, or bytes
-val_share = 0.0005  # of the documents, held out
-out_dir = ""  # where to write; "" for beside this script
+input_files = ""  # comma-separated globs of local .parquet, .jsonl or .txt files; "": the hub
+repository = "HuggingFaceFW/fineweb"  # name on the Hugging Face hub
+subset = "sample-10BT"  # configuration of the repository
+revision = "main"  # revision of the repository
+tokenizer = "gpt2"  # a tiktoken encoding, or bytes
+val_share = 0.0005  # share of the documents held out for validation
+out_dir = ""  # folder to write; "": the folder of this script
 configure(globals())
 
 with clear_errors():

@@ -1,9 +1,9 @@
 """
-OpenWebText in GPT-2's tokens (9B of them), each document followed by <|endoftext|>:
+Write OpenWebText's 9B tokens (GPT-2's tokenizer, <|endoftext|> after each document):
 
     python data/openwebtext/prepare.py [--input_files='texts/*.jsonl']
 
-Writes train.bin, val.bin and meta.json. Run again after it was stopped, it goes on.
+Writes train.bin, val.bin and meta.json. Started again after it was stopped, it continues.
 """
 
 import sys
@@ -13,17 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import clear_errors, configure
 from nanorecur.corpus import open_corpus, write_documents
 
-input_files = (
-    ""  # globs of local .parquet, .jsonl or .txt files in place of the hub, commas between them
-)
-repository = "Skylion007/openwebtext"  # on the Hugging Face hub
-subset = "plain_text"
-revision = (
-    "refs/convert/parquet"  # the repository itself needs a script that datasets 4 no longer runs
-)
-tokenizer = "gpt2"  # one of tiktoken's encodings, or bytes
-val_share = 0.0005  # of the documents, held out
-out_dir = ""  # where to write; "" for beside this script
+input_files = ""  # comma-separated globs of local .parquet, .jsonl or .txt files; "": the hub
+repository = "Skylion007/openwebtext"  # name on the Hugging Face hub
+subset = "plain_text"  # configuration of the repository
+revision = "refs/convert/parquet"  # main needs a script, which datasets 4 refuses
+tokenizer = "gpt2"  # a tiktoken encoding, or bytes
+val_share = 0.0005  # share of the documents held out for validation
+out_dir = ""  # folder to write; "": the folder of this script
 configure(globals())
 
 with clear_errors():

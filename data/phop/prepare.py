@@ -1,15 +1,18 @@
 """
-p-hop induction (Sanford et al., arXiv:2402.09268; in looped transformers: Saunshi et al., arXiv:2502.17416):
+Write the task of p-hop induction (Sanford et al., arXiv:2402.09268; in looped transformers:
+Saunshi et al., arXiv:2502.17416):
 
     python data/phop/prepare.py [--length=256 --hops=32 --hard_hops=48]
 
-A hop goes from a symbol to the one behind its latest earlier occurrence. A row is the number of hops p (its level) in
-strokes, which need no new symbol for a larger p, a sequence without equal neighbours, and the symbol p hops from its
-last one. At symbols=4, length=16, hard_hops=4, two hops, from the last A to the C at its left and on to the A of "CAD":
+A hop goes from a symbol to the symbol behind its latest earlier occurrence. The prompt of a row is
+the number of hops p (its level) in strokes, so that a larger p needs no new symbol, and a sequence
+without equal neighbours. The answer is the symbol p hops from the last one. At symbols=4,
+length=16, hard_hops=4, two hops go from the last A to the C at its left, and on to the A of "CAD":
 
     "  ||CBADCBCADBABDACA" "A"
 """
 
+import random
 import sys
 from itertools import accumulate
 from pathlib import Path
@@ -18,43 +21,55 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import check_ranges, clear_errors, configure
 from nanorecur.dataset import write_task
 
-symbols = 4  # of which sequences are made: A, B, C, ...
-length = 96  # of a sequence
-hops = 8  # most hops in train and val; the level of a row is how many
+symbols = 4  # number of symbols of the sequences: A, B, C, ...
+length = 96  # symbols in a sequence
+hops = 8  # most hops in train and val; the level of a row is its number of hops
 hard_hops = 16  # most hops in hard, which begins at hops + 1
-train_rows = 200_000  # shared evenly by the levels
-val_rows = 500  # per level of val and of hard
-seed = 1337  # of what is drawn
-out_dir = ""  # where to write; "" for beside this script
+train_rows = 200_000  # rows of train, shared evenly among the levels
+val_rows = 500  # rows per level of val and of hard
+seed = 1337  # seed of the random rows
+out_dir = ""  # folder to write; "": the folder of this script
 configure(globals())
 
 letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 limits = {
-    "symbols": range(3, 27),
-    "hops": range(1, 10**4),
-    "hard_hops": range(hops + 1, 10**4),
-    "length": range(symbols * hard_hops, 10**6),  # a hop goes symbols - 1 places back on average
-    "train_rows": range(hops, 10**9),
-    "val_rows": range(1, 10**9),
+    "symbols": (3, 26),
+    "hops": (1, 10**4 - 1),
+    "hard_hops": (hops + 1, 10**4 - 1),
+    "length": (symbols * hard_hops, 10**6 - 1),  # a hop goes symbols - 1 places back on average
+    "train_rows": (hops, 10**9 - 1),
+    "val_rows": (1, 10**9 - 1),
 }
 with clear_errors():
     check_ranges(globals(), limits)
 
 
-def draw(rng):
-    """Any sequence without equal neighbours, each as likely: a first symbol, then how far to turn the alphabet."""
-    turns = [rng.randrange(symbols), *rng.choices(range(1, symbols), k=length - 1)]
-    return "".join(letters[turn % symbols] for turn in accumulate(turns))
+def draw(rng: random.Random) -> str:
+    """Return a random sequence without equal neighbours, each with the same probability.
+
+    Each symbol is so many letters further in the alphabet than the one before it, modulo symbols.
+    """
+    steps = [rng.randrange(symbols), *rng.choices(range(1, symbols), k=length - 1)]
+    return "".join(letters[total % symbols] for total in accumulate(steps))
 
 
-def make(level, rng):
+def hop(sequence: str, place: int) -> int:
+    """Return the place that a hop leads to, or 0 where the symbol does not occur earlier."""
+    return sequence.rfind(sequence[place], 0, place) + 1
+
+
+def make(level: int, rng: random.Random) -> tuple[str, str]:
+    """Return a random row (prompt, answer) of a level.
+
+    A sequence in which so many hops are not possible is drawn anew. The symbols are symmetric, so
+    that all answers stay equally frequent.
+    """
     place = 0
-    while (
-        not place
-    ):  # the hops ran out; drawn again, by symmetry the answers stay as frequent as each other
-        sequence, place = draw(rng), length - 1
+    while place == 0:
+        sequence = draw(rng)
+        place = length - 1
         for _ in range(level):
-            place = place and sequence.rfind(sequence[place], 0, place) + 1
+            place = hop(sequence, place)
     return f"{'|' * level:>{hard_hops}}{sequence}", sequence[place]
 
 

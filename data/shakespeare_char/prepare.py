@@ -1,5 +1,5 @@
 """
-Tiny Shakespeare, character by character:
+Download tiny Shakespeare and write it character by character:
 
     python data/shakespeare_char/prepare.py [--input_file=input.txt]
 
@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import clear_errors, configure
 from nanorecur.dataset import download, write_dataset
 
-input_file = ""  # a local text to use in place of the download
-out_dir = ""  # where to write; "" for beside this script
+input_file = ""  # path of a local text; "": the download
+out_dir = ""  # folder to write; "": the folder of this script
 configure(globals())
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

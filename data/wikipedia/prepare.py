@@ -1,10 +1,11 @@
 """
-The English Wikipedia in GPT-2's tokens, each article followed by <|endoftext|>:
+Write the English Wikipedia (GPT-2's tokenizer, <|endoftext|> after each article):
 
     python data/wikipedia/prepare.py [--input_files='20231101.en/*.parquet']
 
-Writes train.bin, val.bin and meta.json. Run again after it was stopped, it goes on. To train on it
-without preparing anything: --dataset=wikipedia --stream=True.
+Writes train.bin, val.bin and meta.json. Started again after it was stopped, it continues.
+
+To train on it without preparing anything: python train.py --dataset=wikipedia --stream
 """
 
 import sys
@@ -14,15 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import clear_errors, configure
 from nanorecur.corpus import open_corpus, write_documents
 
-input_files = (
-    ""  # globs of local .parquet, .jsonl or .txt files in place of the hub, commas between them
-)
-repository = "wikimedia/wikipedia"  # on the Hugging Face hub
-subset = "20231101.en"
-revision = "main"  # of the repository
-tokenizer = "gpt2"  # one of tiktoken's encodings, or bytes
-val_share = 0.0005  # of the articles, held out
-out_dir = ""  # where to write; "" for beside this script
+input_files = ""  # comma-separated globs of local .parquet, .jsonl or .txt files; "": the hub
+repository = "wikimedia/wikipedia"  # name on the Hugging Face hub
+subset = "20231101.en"  # configuration of the repository
+revision = "main"  # revision of the repository
+tokenizer = "gpt2"  # a tiktoken encoding, or bytes
+val_share = 0.0005  # share of the articles held out for validation
+out_dir = ""  # folder to write; "": the folder of this script
 configure(globals())
 
 with clear_errors():

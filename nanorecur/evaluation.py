@@ -1,0 +1,295 @@
+"""
+Losses of a model over a split at fixed loop counts, and how the states behave over the loops.
+
+Every process scores its share of the same windows.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import GPT, shift_labels
+from nanorecur.dataset import Split
+from nanorecur.exit_rules import exit_evaluation, make_exit
+from nanorecur.hardware import autocast
+from nanorecur.objectives import Objective
+from nanorecur.parallel import Processes
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end while it evaluates, which can take long."""
+
+
+class Evaluation:
+    """Evaluates a model on splits. The config holds train.py's options."""
+
+    def __init__(
+        self,
+        model: GPT,
+        objective: Objective,
+        splits: dict[str, Split],
+        processes: Processes,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: dict,
+        interrupted: Callable[[], bool],
+    ):
+        """model: what is scored (the moving average if there is one). objective: in training.
+
+        interrupted: asked before every batch; where it returns True on any process, run() returns
+        None.
+        """
+        self.model, self.objective, self.splits = model, objective, splits
+        self.processes, self.device, self.dtype = processes, device, dtype
+        self.config, self.interrupted = config, interrupted
+        self.has_details = config["objective"] != "next" or model.config.n_ahead > 1
+
+    # -------------------------------------------------------------------------
+    # which windows
+
+    def windows(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
+        """Return (starts, n_scored): of each window its start, and how many last targets count."""
+        if self.config["eval_stride"] and split.split != "train":
+            return split.sliding(self.config["eval_stride"])
+        most = self.config["eval_iters"] * self.config["batch_size"]
+        starts = split.spread(min(most, split.n_windows))
+        return starts, np.full(len(starts), split.block_size)
+
+    def batches(self, split: Split) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Yield (starts, x, y) of this process's windows.
+
+        The last batches are padded with windows that have no targets, so that all processes run
+        equally many batches of one shape. Raises Interrupted.
+        """
+        batch_size, n_processes = self.config["batch_size"], self.processes.world_size
+        starts, n_scored = self.windows(split)
+        missing = -len(starts) % (batch_size * n_processes)
+        starts = np.pad(starts, (0, missing), mode="wrap")
+        n_scored = np.pad(n_scored, (0, missing))
+        first = self.processes.rank * batch_size
+        for begin in range(first, len(starts), n_processes * batch_size):
+            if self.processes.agree(self.interrupted()):
+                raise Interrupted
+            batch = slice(begin, begin + batch_size)
+            x, y = split.windows(starts[batch], n_scored[batch])
+            yield starts[batch], to_device(x, self.device), to_device(y, self.device)
+
+    # -------------------------------------------------------------------------
+    # scores
+
+    def run(self, eval_loops: tuple) -> tuple[list[dict], dict] | None:
+        """Return (rows, details), or None if a signal came. eval_loops: further loop counts.
+
+        rows: of training at the model's own loops, of other splits at eval_loops too, and where the
+        model predicts further ahead, at each shift. details: as in details().
+        """
+        model_config = self.model.config
+        own = model_config.counts()
+        counts = [own]
+        for n in eval_loops:
+            if own and (n,) * len(own) != own:
+                counts.append((n,) * len(own))
+        wanted = []  # (split, loops, shift)
+        for name in self.splits:
+            for loops in [own] if name == "train" else counts:
+                wanted.append((name, loops, 1))
+        if model_config.predict_ahead:
+            wanted += [("val", own, shift) for shift in range(2, model_config.max_shift + 1)]
+        try:
+            rows = []
+            for name, loops, shift in wanted:
+                scores = self.score(self.splits[name], loops, shift)
+                rows.append({"split": name, "loops": loops, "shift": shift, **scores})
+            return rows, self.details()
+        except Interrupted:
+            return None
+
+    @torch.no_grad()
+    def score(self, split: Split, n_loop: tuple, shift: int) -> dict:
+        """Return loss (nats per token), bits per token and per byte, and accuracy of a split.
+
+        Of a reasoning task also the share of rows whose whole answer is right, in all ("exact") and
+        by level.
+        """
+        self.model.eval()
+        levels, rows_of = np.unique(split.levels(self.windows(split)[0]), return_counts=True)
+        sums = torch.zeros(3, dtype=torch.float64)  # nats, right guesses, tokens
+        exact = torch.zeros(len(levels), dtype=torch.float64)  # right rows of each level
+        for starts, x, y in self.batches(split):
+            with autocast(self.device, self.dtype):
+                batch_sums, row_is_right = score_batch(self.model, x, y, n_loop, shift)
+            sums += batch_sums
+            level = torch.from_numpy(np.searchsorted(levels, split.levels(starts)))
+            exact.index_add_(0, level, row_is_right.double())
+        sums = torch.cat((sums, exact))
+        if self.processes.distributed:
+            sums = self.processes.sum(sums.to(self.device))
+        self.model.train()
+        loss, accuracy = (sums[:2] / sums[2]).tolist()
+        bits = loss / math.log(2)
+        scores = {
+            "loss": loss,
+            "bits_per_token": bits,
+            "bits_per_byte": bits * (split.n_tokens / split.n_bytes),
+            "accuracy": accuracy,
+        }
+        if split.row:
+            exact = sums[3:].cpu().numpy()
+            scores["exact"] = exact.sum() / rows_of.sum()
+            scores["by_level"] = dict(zip(levels.tolist(), (exact / rows_of).tolist()))
+        return scores
+
+    @torch.no_grad()
+    def details(self) -> dict[str, float]:
+        """Return what the objective logs, and loss and mean loops with exit, on validation."""
+        totals = {}
+        self.objective.eval()
+        self.model.eval()
+        if self.has_details:
+            for _, x, y in self.batches(self.splits["val"]):
+                with autocast(self.device, self.dtype):
+                    model = self.objective.model
+                    _, parts = self.processes.run(model, self.objective, x, y)
+                add(totals, parts)
+        if self.config["automatic_loop_exit"]:
+            for _, x, y in self.batches(self.splits["val"]):
+                add(totals, self.exit_sums(x, y))
+        self.objective.train()
+        self.model.train()
+        return means_of(totals, self.processes) if totals else {}
+
+    def exit_sums(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Return {name: (sum, count)} of loss and loops of one batch with exit."""
+        threshold = self.config["automatic_loop_exit_threshold"]
+        rule = make_exit(self.model, self.config["exit_rule"], threshold)
+        with autocast(self.device, self.dtype):
+            loss, loops = self.processes.run(self.model, exit_evaluation, self.model, x, y, rule)
+        count = (y >= 0).sum().item()
+        if count == 0:  # padding alone
+            loss = loops = 0.0
+        return {
+            "loss with exit": torch.tensor([loss * count, count], device=self.device),
+            "loops with exit": torch.tensor([loops * count, count], device=self.device),
+        }
+
+    # -------------------------------------------------------------------------
+    # health
+
+    @torch.no_grad()
+    def report_states(self) -> dict:
+        """Return how the states of each group behave on one batch of validation.
+
+        "groups": norm of the state after each loop, how far each loop but the first moves it (as a
+        share of the norm), mean correlation between tokens at the end. "gain": the loss at one loop
+        less that at the model's own, in nats. Two published runs failed by these: correlation going
+        to 1, the state ignored (Huginn, arXiv 2502.05171, section 4.3).
+        """
+        split, batch_size = self.splits["val"], self.config["batch_size"]
+        starts = split.spread(min(batch_size, split.n_windows))
+        x, y = split.windows(np.resize(starts, batch_size))  # no new shape to compile
+        x, y = to_device(x, self.device), to_device(y, self.device)
+        self.model.eval()
+        with autocast(self.device, self.dtype):
+            groups = self.processes.run(self.model, self.model.loops_representation, x)
+            loss_of_one = self.model(x, y, n_loop=1)[1]
+            gain = (loss_of_one - self.model(x, y)[1]).item()
+        self.model.train()
+        report = []
+        for states in groups:
+            s = torch.stack(states).float()  # (n, B, T, C)
+            norm = s.norm(dim=-1).mean((1, 2))
+            move = s.diff(dim=0).norm(dim=-1).mean((1, 2))
+            report.append(
+                {
+                    "norm": norm.tolist(),
+                    "change": (move / norm[1:]).tolist(),
+                    "token_correlation": token_correlation(s[-1]).mean().item(),
+                }
+            )
+        return {"groups": report, "gain": gain}
+
+
+def score_batch(
+    model: GPT, x: Tensor, y: Tensor, n_loop=None, shift: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return (nats, right guesses, tokens), float64, and which rows (B,) are right throughout.
+
+    x, y, n_loop and shift are those of GPT.forward. Both results are on the CPU.
+    """
+    logits, loss = model(x, y, n_loop=n_loop, shift=shift)
+    y = shift_labels(y, shift)
+    counted = y >= 0
+    right = logits.argmax(-1) == y
+    n_tokens = counted.sum().item()
+    nats = loss.item() * n_tokens if n_tokens else 0.0  # a batch may be padding alone
+    sums = torch.tensor([nats, right.sum().item(), n_tokens], dtype=torch.float64)
+    row_is_right = (right | ~counted).all(1) & counted.any(1)
+    return sums, row_is_right.cpu()
+
+
+def token_correlation(s: Tensor) -> Tensor:
+    """Return the mean cosine between different tokens of states (.., T, C), shape (..)."""
+    T = s.size(-2)
+    mean = F.normalize(s, dim=-1).mean(dim=-2)  # as long as 1 where all tokens agree
+    return (T * mean.square().sum(-1) - 1) / (T - 1)
+
+
+def warnings_of(report: dict, counts: tuple) -> list[str]:
+    """Return what is wrong with the states of a report, in words. counts: the model's loops."""
+    warnings = []
+    correlation = max((group["token_correlation"] for group in report["groups"]), default=0.0)
+    if correlation > 0.999:
+        words = f"the states of all tokens are nearly the same (correlation {correlation:.3f})"
+        warnings.append(words)
+    gain = abs(report["gain"])
+    if max(counts, default=1) > 1 and gain < 1e-4:
+        warnings.append(f"the state is not used: one loop gives the same loss within {gain:.0e}")
+    return warnings
+
+
+def table(rows: list[dict]) -> str:
+    """Return the rows of an evaluation as a text table; * marks the model's own loops."""
+    own, has_levels = rows[0]["loops"], "exact" in rows[0]
+    has_shifts = any(row["shift"] != 1 for row in rows)
+    head = f"{'split':<6}{'loops':>8}{'loss':>9}{'bits/token':>12}{'bits/byte':>11}{'accuracy':>10}"
+    if has_levels:
+        head += f"{'exact':>9}  by level"
+    if has_shifts:
+        head += "  tokens ahead"
+    lines = [head]
+    for row in rows:
+        mark = "*" if row["loops"] == own else " "
+        loops = mark + (",".join(map(str, row["loops"])) or "-")
+        line = f"{row['split']:<6}{loops:>8}{row['loss']:>9.4f}{row['bits_per_token']:>12.4f}"
+        line += f"{row['bits_per_byte']:>11.4f}{row['accuracy']:>10.2%}"
+        if has_levels:
+            shares = (f"{level}:{share:.0%}" for level, share in row["by_level"].items())
+            line += f"{row['exact']:>9.2%}  " + " ".join(shares)
+        if has_shifts:
+            line += f"{row['shift']:>14}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def add(totals: dict, parts: dict) -> None:
+    """Add {name: tensor (sum, count)} to the totals of the same names."""
+    for name, part in parts.items():
+        totals[name] = totals.get(name, 0) + part
+
+
+def means_of(totals: dict, processes: Processes) -> dict[str, float]:
+    """Return {name: mean over the targets of all processes} of {name: (sum, count)}."""
+    sums = processes.sum(torch.stack(list(totals.values())))
+    return {name: part / count for name, (part, count) in zip(totals, sums.tolist())}
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array as a tensor; to a GPU it travels while the GPU computes."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

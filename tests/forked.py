@@ -1,0 +1,102 @@
+"""
+train.py in processes of its own, forked from one that has imported torch: a start costs a fraction
+of a second, not six.
+"""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+from tqdm import tqdm
+
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = ["torture", "datasets", "torch._dynamo", "torch.distributed", "tqdm"]
+CONTEXT.set_forkserver_preload(PRELOADED)
+PATIENCE = 120  # seconds after which a process that should have ended is a failure
+
+
+def play(arguments, output, environment, prepare):
+    """Run train.py in this process as from the command line, printing to the file output.
+
+    prepare: () or (function, arguments..), which is called before.
+    """
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = ["train.py", *map(str, arguments)]
+    # tqdm's own lock is a semaphore of the system, which would outlive a killed process
+    tqdm.set_lock(threading.RLock())
+    if prepare:
+        prepare[0](*prepare[1:])
+    runpy.run_path("train.py", run_name="__main__")
+
+
+def start(output, *arguments, prepare=(), **environment):
+    process = CONTEXT.Process(target=play, args=(arguments, output, environment, prepare))
+    process.start()
+    return process
+
+
+def start_two(output, *arguments, prepare=()):
+    """Start two gloo processes as torchrun does. prepare: of the second."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = []
+    for rank in ("0", "1"):
+        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2")
+        environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        prepared = prepare if rank == "1" else ()
+        group.append(start(output, *arguments, prepare=prepared, **environment))
+    return group
+
+
+def begin(output, processes, arguments):
+    """Start one process or two."""
+    return start_two(output, *arguments) if processes == 2 else [start(output, *arguments)]
+
+
+def end(processes, within=PATIENCE):
+    """Return the exit codes of processes; those that do not end in time are killed, None."""
+    until, codes = time.monotonic() + within, []
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+        codes.append(process.exitcode)
+    kill(processes)
+    return codes
+
+
+def kill(processes):
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    for process in processes:
+        process.join()
+
+
+def wait(condition, processes, within=PATIENCE):
+    """Wait until a condition holds or a process has ended; return whether it held."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        if condition():
+            return True
+        if not all(process.is_alive() for process in processes):
+            return False
+        time.sleep(0.0005)
+    return False
+
+
+def tail(output):
+    """Return the end of what was printed to a file."""
+    return Path(output).read_text(errors="replace").strip()[-300:]

@@ -1,0 +1,121 @@
+"""hardware.py: devices, data sheets, attention under autocast on a CPU, clock and memory."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from nanorecur import hardware
+from nanorecur.hardware import autocast, data_sheet, find_gpu, peak_flops, peak_memory
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("tpu", "device='tpu': must be auto, cpu, cuda, cuda:N or mps"),
+        ("cuda:x", "device='cuda:x': must be auto, cpu, cuda, cuda:N or mps"),
+        ("cuda:99", "device=cuda:99: this torch .* sees no such device; try --device=cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(name, words):
+    with pytest.raises(ValueError, match=words):
+        hardware.pick_device(name)
+
+
+def test_auto_is_float32_on_a_cpu_and_float16_is_refused():
+    assert hardware.pick_dtype("auto", CPU) == torch.float32
+    with pytest.raises(ValueError, match="dtype='float16': must be auto, float32 or bfloat16"):
+        hardware.pick_dtype("float16", CPU)
+
+
+def test_autocast_on_a_cpu_computes_products_in_bfloat16_and_attention_in_float32():
+    q, mask = torch.randn(2, 4, 9, 8), torch.randn(9, 9)
+    with autocast(CPU, torch.bfloat16):
+        assert (mask @ mask).dtype == torch.bfloat16
+        for each in (mask, mask > 0, mask.bfloat16()):
+            y = F.scaled_dot_product_attention(q.bfloat16(), q, q, each)
+            with torch.autocast("cpu", enabled=False):
+                low = q.bfloat16().float()
+                full_mask = each if each.dtype == torch.bool else each.float()
+                expected = F.scaled_dot_product_attention(low, q, q, full_mask)
+            assert y.dtype == torch.bfloat16 and torch.equal(y, expected.bfloat16())
+
+
+def test_autocast_to_float32_changes_nothing():
+    with autocast(CPU, torch.float32):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_gpus_are_known_by_whole_words_of_their_names():
+    known = {
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA A10": 125e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA L40": 181e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 80GB HBM3": 989.4e12,
+        "NVIDIA GB200": 2500e12,
+        "AMD Instinct MI250X": 191.5e12,
+    }
+    assert {name: data_sheet(name).bfloat16 for name in known} == known
+    others = ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3080 Ti"]
+    others += ["NVIDIA GeForce RTX 4080 SUPER", "NVIDIA A1000"]
+    assert {name: data_sheet(name) for name in others} == dict.fromkeys(others)
+
+
+def test_every_data_sheet_has_a_short_name():
+    short = {words.lower().replace(" ", "-"): gpu for words, gpu in hardware.GPUS.items()}
+    assert {name: find_gpu(name) for name in short} == short
+    assert find_gpu("a100-80gb-pcie").link == 32e9
+    with pytest.raises(ValueError, match="gpu='k80': must be cpu or one of b200, .*, mi210"):
+        find_gpu("k80")
+
+
+def test_the_data_sheet_of_this_cpu_is_measured():
+    cpu = find_gpu("cpu")
+    assert cpu.float32 == peak_flops(CPU, torch.float32)
+    assert cpu.bfloat16 == peak_flops(CPU, torch.bfloat16)
+    assert 0.1 < cpu.memory < 1e5  # GiB
+
+
+def test_the_measured_peak_is_the_pace_of_a_matrix_product():
+    """Within a factor of 10, as other work on the machine may come between."""
+    a, seconds = torch.ones(1024, 1024), []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    assert 0.1 < peak_flops(CPU, torch.float32) * min(seconds) / (2 * 1024**3) < 10
+
+
+def test_the_measured_peak_leaves_random_numbers_alone():
+    torch.manual_seed(0)
+    first = torch.rand(3)
+    torch.manual_seed(0)
+    hardware.measured_flops.cache_clear()
+    peak_flops(CPU, torch.float32)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_peak_memory_is_of_what_this_process_held_at_most():
+    before = peak_memory(CPU)
+    held = torch.ones(before // 4 + 2**26)  # 4 bytes each: more than the peak so far
+    assert before + 2**26 < peak_memory(CPU) < before + held.nbytes + 2**26
+    del held
+    assert peak_memory(CPU) > before + 2**26
+
+
+@pytest.mark.slow
+def test_peak_memory_is_not_of_the_process_that_started_this_one():
+    held = torch.ones(2**28)
+    words = "import torch; from nanorecur import hardware"
+    words += "; print(hardware.peak_memory(torch.device('cpu')))"
+    child = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, check=True)
+    assert int(child.stdout) < held.nbytes < peak_memory(CPU)

@@ -1,0 +1,161 @@
+"""sample.py as a user runs it."""
+
+import copy
+import io
+import json
+import re
+
+import pytest
+import torch
+from conftest import Run, assert_refused, build, few_ids, train
+
+from nanorecur.hardware import pack
+
+
+@pytest.fixture(scope="module")
+def folder(corpus, tmp_path_factory):
+    """The out_dir of a tiny run, which tests only read."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    run = train(corpus, folder)
+    assert run.code == 0, run.err
+    return folder
+
+
+def sample(folder, *arguments, **options):
+    return Run("sample.py", f"--out_dir={folder}", "--device=cpu", *arguments, **options)
+
+
+def test_samples_continue_the_prompt_of_the_command_line_or_of_a_file(folder, tmp_path):
+    (tmp_path / "prompt.txt").write_text("def step(")
+    options = ("--num_samples=2", "--max_new_tokens=30")
+    typed = sample(folder, *options, "--start=def step(")
+    assert typed.code == 0, typed.err
+    first, second, nothing = typed.out.split("\n---------------\n")
+    assert first != second
+    for text in (first, second):
+        assert text.startswith("def step(")
+        assert len(text) == len("def step(") + 30
+    assert nothing == ""
+    read = sample(folder, *options, f"--start=FILE:{tmp_path / 'prompt.txt'}")
+    assert read.out == typed.out
+    assert sample(folder, *options, "--start=def step(", "--seed=2").out != typed.out
+
+
+def test_n_loop_0_is_the_models_own(folder):
+    options = ("--num_samples=1", "--max_new_tokens=30")
+    own, two, nine = (sample(folder, *options, f"--n_loop={n}") for n in (0, 2, 9))
+    assert own.code == nine.code == 0
+    assert own.out == two.out
+    assert "loops per token (2,)" in own.err
+    assert "loops per token (9,)" in nine.err
+
+
+WRONG = {
+    "--start=\u2603": "alphabet",
+    "--start=": "empty",
+    "--start=FILE:nowhere.txt": "nowhere.txt",
+    "--start=FILE:empty.txt": "empty",
+    "--start=FILE:latin.txt": "alphabet",
+    "--start=more than sixteen": "longer than the window",
+    "--out_dir=nowhere": "no such checkpoint",
+    "--n_loop=-1": "n_loop=-1",
+    "--temperature=-1": "temperature",
+    "--num_samples=0": "num_samples",
+    "--device=tpu": "device=",
+    "--tpo_k=1": "top_k",
+    "--automatic_loop_exit --exit_rule=gate": "exit_gate",
+    "--automatic_loop_exit --automatic_loop_exit_threshold=-1": "threshold=-1",
+    "--slots=mod --n_slot=9": "n_slot=9",
+    "--slots=some": "full, last",
+    "--draft_tokens=2": "heads",
+    "--top_p=2": "top_p=2",
+    "--stop=FILE:no.txt": "no.txt",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_input_is_refused_in_one_line(folder, tmp_path, wrong):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\x00")
+    arguments = [wrong] if wrong.startswith("--start") else wrong.split()
+    assert_refused(sample(folder, *arguments, cwd=tmp_path), WRONG[wrong])
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
+    model = build(n_layer=1)
+    ckpt = {"model": model.state_dict(), "model_args": vars(model.config)}
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    assert_refused(sample(tmp_path), "names no tokenizer")
+
+
+def test_an_exported_folder_writes_the_same_text(folder, tmp_path):
+    exported = tmp_path / "model"
+    run = Run("pretrained.py", "export", f"--out_dir={folder}", f"--to={exported}")
+    assert run.code == 0, run.err
+    options = ("--num_samples=1", "--max_new_tokens=20", "--start=def ")
+    from_run, from_export = (sample(source, *options) for source in (folder, exported))
+    assert from_run.code == from_export.code == 0
+    assert from_run.out == from_export.out
+
+
+QUICK = ("--max_new_tokens=30", "--start=def ", "--n_loop=4")
+GREEDY = (*QUICK, "--temperature=0")
+
+
+def test_json_lines_hold_prompt_text_tokens_and_loops(folder):
+    plain = sample(folder, *QUICK, "--num_samples=4")
+    *texts, nothing = plain.out.split("\n---------------\n")
+    run = sample(folder, *QUICK, "--num_samples=4", "--jsonl")
+    assert run.code == 0, run.err
+    lines = [json.loads(line) for line in run.out.splitlines()]
+    assert [line["prompt"] + line["text"] for line in lines] == texts
+    assert len(set(texts)) == 4
+    for line in lines:
+        assert line["prompt"] == "def "
+        assert line["loops"] == [4] * 30
+        assert len(line["tokens"]) == 30
+
+
+def test_a_sample_ends_before_its_stop_string_drafted_or_not(folder, tmp_path):
+    (tmp_path / "stops.txt").write_text("\x00\n \n")
+    options = (*GREEDY, "--num_samples=4", "--jsonl", "--repetition_penalty=1.5")
+    options += (f"--stop=FILE:{tmp_path / 'stops.txt'}",)
+    run = sample(folder, *options)
+    lines = [json.loads(line) for line in run.out.splitlines()]
+    assert not any(" " in line["text"] for line in lines)
+    assert any(len(line["tokens"]) < 30 for line in lines)
+    drafted = sample(folder, *options, "--draft_tokens=3", "--draft_loops=2")
+    assert drafted.out == run.out
+    assert "drafts accepted" in drafted.err
+
+
+def test_color_follows_the_loops(folder):
+    exit_early = ("--automatic_loop_exit", "--automatic_loop_exit_threshold=0.3")
+    options = (*QUICK, "--num_samples=2", *exit_early)
+    plain, color = sample(folder, *options).out, sample(folder, *options, "--color").out
+    assert re.sub(r"\x1b\[[0-9;]*m", "", color) == plain
+    assert color.count("\x1b[30;48;5;") >= 60
+    assert len(set(re.findall(r"48;5;(\d+)m", color))) > 1
+
+
+def test_chat_goes_on_from_each_line(folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f(x):\nreturn a long line\n"))
+    run = sample(folder, *QUICK, "--chat")
+    assert run.code == 0, run.err
+    first, second = run.out.split("> ")[1:3]
+    assert len(first) == len(second) == 31
+    alone = sample(folder, *QUICK, "--num_samples=1", "--start=def f(x):\n")
+    assert alone.out.startswith("def f(x):\n" + first)
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7)])
+@torch.no_grad()
+def test_packed_weights_compute_the_same(dtype, near, shape):
+    model, idx = build(spread=0.1, attention="mla", tie_weights=False), few_ids(*shape)
+    want = model(idx, idx)[0]
+    packed = copy.deepcopy(model)
+    if not pack(packed, dtype):
+        pytest.skip("this CPU has no packed products of this type")
+    assert (packed(idx, idx)[0] - want).abs().max() < near * want.abs().max()
+    assert torch.equal(model(idx, idx)[0], want)
