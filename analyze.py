@@ -529,7 +529,7 @@ def exit_note(group: LoopedGroup) -> str:
             "Decoding stops tokens only in the last looped group. The rule would stop them so here."
         )
     note = "The loops are those of decoding, token by token"
-    _, _, behind = model.split(None, group.index)
+    _, _, behind = model.around_group(None, group.index)
     if behind and exit_rule in ("kl", "entropy", "argmax"):
         note += (
             ", but for a few tokens: the rule reads predictions, and blocks stand behind the loop"

@@ -6,7 +6,7 @@ Speed and memory of a training step at each of several loop counts, on random to
 
 a training step beside those of nanoGPT and nanoLOOP in the same shape:
 
-    python bench.py train --peer=../nanoGPT --n_layer=4 --n_embd=128 --n_head=4 --block_size=64
+    python bench.py train --peer=../nanoGPT --n_layer=4 --n_embd=128 --n_head=4 --vocab_size=65
     python bench.py train --peer=../nanoLOOP --norm=rmsnorm --n_prelude=1 --n_block=2 --n_coda=1
 
 decoding in GPT-2's shape beside others', and of a trained looped model with exit and speculation:
@@ -63,7 +63,7 @@ loops = ()  # loop counts to time, such as 1,2,4,8; (): the config's own
 rounds = 5  # rounds in which all that is compared takes turns
 steps = 5  # training steps in a turn
 threads = 0  # CPU threads; 0: torch's choice
-peer = ""  # folder of a nanoGPT checkout to compare with; in train also nanoLOOP's, or a,b for both
+peer = ""  # folder of a nanoGPT checkout to compare with; train: or nanoLOOP, or several, a,b
 write_to = ""  # Markdown file whose section on this machine is replaced, such as BENCHMARKS.md
 # plan
 gpu = "h100"  # a GPU whose data sheet is known, such as a100 or rtx-4090, or cpu: this machine
@@ -75,7 +75,9 @@ looped = ""  # folder of a trained looped model, to measure exit and speculation
 peak_memory = False  # train --peer: measure the memory of a step too, in a process for each
 # rarely: plan
 efficiency = 0.4  # share of the GPU's peak FLOP/s that a step reaches; with gpu=cpu it is measured
-link_gbps = 0.0  # GB/s that a GPU sends to others; 0: its data sheet's, beyond 8 network_gbps
+link_gbps = (
+    0.0  # GB/s that a GPU sends to others; 0: its data sheet's; of more than 8: network_gbps
+)
 network_gbps = 50.0  # GB/s that a GPU sends to others of more than 8
 # rarely: decode
 prompt_tokens = 128  # tokens of each prompt
@@ -93,6 +95,8 @@ with clear_errors():
     positive = ("rounds", "steps", "prompt_tokens")
     check_ranges(config, {name: (1, math.inf) for name in positive})
     check_ranges(config, {"threads": (0, math.inf), "new_tokens": (2, math.inf)})
+    pairs = all(isinstance(pair, tuple) and len(pair) == 2 for pair in drafts)
+    require("drafts", drafts, pairs, "pairs such as [[2,3],[4,6]]")
     if command == "train":
         check_options(config, Processes())
     if threads:
@@ -207,11 +211,13 @@ def own_step(changed: dict, dtype: torch.dtype, n_loop: tuple | None = None) -> 
 
 # -----------------------------------------------------------------------------
 # train: a step at each loop count
+UNCLIPPED = {"spectral_clip_beta": 0.0}  # spectral clips are in few steps, and timed by themselves
+
+
 def print_depths() -> None:
     """Print a table of training steps at each of the loop counts."""
     compiled = config["compile"] and compile_works(device)
-    # clips are not in each step, so they are timed by themselves
-    step = TrainingStep(config | {"spectral_clip_beta": 0.0}, device, dtype, compiled)
+    step = TrainingStep(config | UNCLIPPED, device, dtype, compiled)
     model, peak = step.model, hardware.peak_flops(device, dtype)
     depths = [model.config.counts(n) for n in loops or [None]]
     print(
@@ -241,7 +247,7 @@ def warm_depth(step: TrainingStep, depth: tuple) -> int:
         torch.cuda.reset_peak_memory_stats()
     warm_up(partial(step, depth))
     if device.type == "cpu":
-        return peak_of(own_step, {}, dtype, depth)
+        return peak_of(own_step, UNCLIPPED, dtype, depth)
     return hardware.peak_memory(device)
 
 
@@ -262,12 +268,11 @@ def clip_cost(model: GPT, seconds_per_step: float) -> str:
 # -----------------------------------------------------------------------------
 # train --peer: a step beside others'
 NOT_COMPARED = ("loop_sampling", "max_loops", "n_layer")  # a step of fixed depth reads none of them
-LIKE_PEERS = {  # the options with which a step is a peer's
+LIKE_PEERS = UNCLIPPED | {  # the options with which a step is a peer's
     "optimizer": "adamw",
     "objective": "next",
     "param_dtype": "float32",
     "ema_decay": 0.0,
-    "spectral_clip_beta": 0.0,
     "loss_chunk": 0,
     "recompute": "none",
 }
@@ -352,28 +357,28 @@ def peer_step(folder: str, compiled: bool = False) -> Callable:
     return step
 
 
-def trainers(ways: dict[str, bool]) -> dict[str, Trainer]:
+def trainers(modes: dict[str, bool]) -> dict[str, Trainer]:
     """Return {name: trainer} of ours and the peers'.
 
-    ways: endings of names, to whether torch.compile is used.
+    modes: endings of names, to whether torch.compile is used.
     """
-    field = {}
+    contestants = {}
     for number_type in (torch.float32, torch.bfloat16):
-        for ending, compiled in ways.items():
+        for ending, compiled in modes.items():
             step = TrainingStep(config | LIKE_PEERS, device, number_type, compiled)
             name = f"ours, {str(number_type).removeprefix('torch.')}{ending}"
-            field[name] = Trainer(step, number_type)
+            contestants[name] = Trainer(step, number_type)
     for folder in peer.split(","):
-        for ending, compiled in ways.items():
+        for ending, compiled in modes.items():
             name = Path(folder).resolve().name + ending
-            field[name] = Trainer(peer_step(folder, compiled), None)
-    return field
+            contestants[name] = Trainer(peer_step(folder, compiled), None)
+    return contestants
 
 
-def drop_failing(field: dict[str, Trainer]) -> dict[str, Trainer]:
+def drop_failing(contestants: dict[str, Trainer]) -> dict[str, Trainer]:
     """Warm all trainers up and return those that run, with a line on stderr for each other."""
     running = {}
-    for name, trainer in field.items():
+    for name, trainer in contestants.items():
         try:
             warm_up(trainer.step)
             running[name] = trainer
@@ -388,8 +393,8 @@ def fastest_ways(names: list[str], seconds: dict[str, list[float]]) -> dict[str,
     fastest = {}
     for name in names:
         folder = name.removesuffix(", compiled")
-        ways = [name, fastest.get(folder, name)]
-        fastest[folder] = min(ways, key=lambda way: statistics.median(seconds[way]))
+        names = [name, fastest.get(folder, name)]
+        fastest[folder] = min(names, key=lambda name: statistics.median(seconds[name]))
     return fastest
 
 
@@ -399,14 +404,14 @@ def train_section() -> str:
     names = [Path(folder).resolve().name for folder in peer.split(",")]
     require("peer", peer, len(set(names)) == len(names), "folders of different names")
     compiled = config["compile"] and compile_works(device)
-    field = trainers({"": False, ", compiled": True} if compiled else {"": False})
-    objective = field["ours, float32"].step.objective
+    contestants = trainers({"": False, ", compiled": True} if compiled else {"": False})
+    objective = contestants["ours, float32"].step.objective
     model, flops = objective.model, objective.flops_per_token()
     what = (
         f"{n_parameters(model):,} parameters each, {flops / 1e6:,.2f} MFLOP/token. A step: "
         f"forward, backward, clip at {config['grad_clip']}, AdamW."
     )
-    parts = [what, speed_table(drop_failing(field), flops)]
+    parts = [what, speed_table(drop_failing(contestants), flops)]
     if model.config.groups and config["compile"]:
         parts += ["### Sampled depth, compiled", sampled_depth()]
     if peak_memory:
@@ -416,12 +421,13 @@ def train_section() -> str:
     return section(title, load_before, *parts)
 
 
-def speed_table(field: dict[str, Trainer], flops_per_token: int) -> str:
+def speed_table(contestants: dict[str, Trainer], flops_per_token: int) -> str:
     """Return a table of the trainers' speed, also to each peer's in its faster way."""
-    seconds = in_turns({name: trainer.step for name, trainer in field.items()}, steps)
-    fastest = fastest_ways([name for name in field if field[name].dtype is None], seconds)
+    seconds = in_turns({name: trainer.step for name, trainer in contestants.items()}, steps)
+    peers = [name for name, trainer in contestants.items() if trainer.dtype is None]
+    fastest = fastest_ways(peers, seconds)
     rows = []
-    for name, trainer in field.items():
+    for name, trainer in contestants.items():
         peak = hardware.peak_flops(device, trainer.dtype) if trainer.dtype else None
         cells = pace(statistics.median(seconds[name]), flops_per_token, peak, unknown="")
         ratios = [median_ratio(seconds[name], seconds[other]) for other in fastest.values()]
@@ -444,7 +450,7 @@ def in_words(shape: GPTConfig) -> str:
 
 def sampled_depth() -> str:
     """Return a table of what a FLOP costs at fixed depth and at depths drawn for each step."""
-    changed = {"loop_sampling": "poisson", "spectral_clip_beta": 0.0}
+    changed = UNCLIPPED | {"loop_sampling": "poisson"}
     step = TrainingStep(config | changed, device, dtype, compiled=True)
     shape, flops_per_token = step.model.config, step.objective.flops_per_token
     for n in (1, 2, min(shape.bptt_k + 2, shape.max_loops)):  # loops with and without gradient
@@ -488,7 +494,7 @@ def memory_beside() -> str:
 
 # -----------------------------------------------------------------------------
 # decode: GPT-2's shape, random weights
-class Decoder(NamedTuple):
+class TimedDecoder(NamedTuple):
     """A contestant in decoding."""
 
     run: Callable[[Tensor, int], object]  # continue idx (B, T) by so many tokens, greedily
@@ -499,9 +505,10 @@ class Decoder(NamedTuple):
 def decoded_shapes() -> dict[str, GPTConfig]:
     """Return the two shapes that are timed, GPT-2's unless an option says otherwise."""
     options = {name: config[name] for name in GPTConfig.__dataclass_fields__}
+    plain = GPTConfig(**options)
     looped_core = {"n_prelude": 2, "n_block": 4, "n_coda": 2, "n_loop": 4}
     return {
-        f"{config['n_layer']} blocks": GPTConfig(**options),
+        f"{plain.n_physical} blocks": plain,
         "2 + 4x4 + 2": GPTConfig(**options | looped_core),
     }
 
@@ -512,7 +519,7 @@ def greedy(model: GPT, dtype: torch.dtype, static: bool, idx: Tensor, count: int
         generate(model, idx, count, temperature=0, static=static)
 
 
-def own_decoders() -> dict[str, Decoder]:
+def own_decoders() -> dict[str, TimedDecoder]:
     """Return our decoders of both shapes, in both number types, packed on a CPU, compiled."""
     on_cpu, found = device.type == "cpu", {}
     torch.manual_seed(0)
@@ -525,18 +532,18 @@ def own_decoders() -> dict[str, Decoder]:
                 pack(ready, number_type)
             name = f"{shape_name}, {str(number_type).removeprefix('torch.')}"
             n_bytes = n_read * number_type.itemsize
-            found[name] = Decoder(partial(greedy, ready, number_type, False), n_bytes)
+            found[name] = TimedDecoder(partial(greedy, ready, number_type, False), n_bytes)
             usual = torch.float32 if on_cpu else torch.bfloat16
             if config["compile"] and number_type == usual:
                 compiled = partial(greedy, fresh, number_type, True)
-                found[f"{name}, compiled"] = Decoder(compiled, n_bytes)
+                found[f"{name}, compiled"] = TimedDecoder(compiled, n_bytes)
         if on_cpu and not shape.groups:
             run = partial(greedy, fresh, torch.float32, False)
-            found[f"{shape_name}, float32, weights not packed"] = Decoder(run, 4 * n_read)
+            found[f"{shape_name}, float32, weights not packed"] = TimedDecoder(run, 4 * n_read)
     return found
 
 
-def other_decoders() -> dict[str, Decoder]:
+def other_decoders() -> dict[str, TimedDecoder]:
     """Return those of others that are here: transformers', and nanoGPT's of a peer."""
     found = {}
     try:
@@ -548,11 +555,11 @@ def other_decoders() -> dict[str, Decoder]:
         fields = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         shape = names["GPTConfig"](**{name: config[name] for name in fields}, dropout=0.0)
         run = partial(names["GPT"](shape).to(device).eval().generate, top_k=1)
-        found["nanoGPT's generate, float32"] = Decoder(run, has_cache=False)
+        found["nanoGPT's generate, float32"] = TimedDecoder(run, has_cache=False)
     return found
 
 
-def transformers_decoder() -> Decoder:
+def transformers_decoder() -> TimedDecoder:
     import transformers
 
     fields = ("vocab_size", "n_layer", "n_head", "n_embd")
@@ -568,7 +575,7 @@ def transformers_decoder() -> Decoder:
         mask = torch.ones_like(idx)
         model.generate(idx, attention_mask=mask, do_sample=False, max_new_tokens=count)
 
-    return Decoder(run)
+    return TimedDecoder(run)
 
 
 def weights_read(model: GPT) -> int:
@@ -584,7 +591,7 @@ def weights_read(model: GPT) -> int:
 
 
 @torch.no_grad()
-def decoding_seconds(decoder: Decoder, idx: Tensor) -> tuple[float, float]:
+def decoding_seconds(decoder: TimedDecoder, idx: Tensor) -> tuple[float, float]:
     """Return the seconds to continue idx by new_tokens, and by one token.
 
     Without a cache the first is new_tokens times the mean of three of them, as it takes minutes.
@@ -600,32 +607,34 @@ def decoding_seconds(decoder: Decoder, idx: Tensor) -> tuple[float, float]:
 
 def decoding_table() -> str:
     """Return a table of tokens per second and bandwidth of all decoders, at each batch size."""
-    field = own_decoders() | other_decoders()
-    others = [name for name in field if field[name].weight_bytes is None]
+    contestants = own_decoders() | other_decoders()
+    others = [name for name in contestants if contestants[name].weight_bytes is None]
     rows = []
     for batch_size in batch_sizes:
         idx = torch.randint(config["vocab_size"], (batch_size, prompt_tokens), device=device)
-        times = time_decoders(field, idx)
-        whole = {name: [pair[0] for pair in pairs] for name, pairs in times.items()}
+        times = time_decoders(contestants, idx)
+        totals = {name: [pair[0] for pair in pairs] for name, pairs in times.items()}
         first = {name: [pair[1] for pair in pairs] for name, pairs in times.items()}
-        for name, decoder in field.items():
-            total = statistics.median(whole[name])
+        for name, decoder in contestants.items():
+            total = statistics.median(totals[name])
             step = (total - statistics.median(first[name])) / (new_tokens - 1)
             rate = f"{decoder.weight_bytes / step / 1e9:.1f}" if decoder.weight_bytes else ""
             cells = [f"{batch_size * new_tokens / total:.1f}", f"{1e3 * step:.1f}", rate]
-            ratios = [median_ratio(whole[name], whole[other]) for other in others]
+            ratios = [median_ratio(totals[name], totals[other]) for other in others]
             rows.append([batch_size, name, *cells, *ratios])
     head = ["rows", "model", "tokens/s", "ms a step", "GB/s of weights"]
     return table(head + [f"speed to {name}" for name in others], rows)
 
 
-def time_decoders(field: dict[str, Decoder], idx: Tensor) -> dict[str, list[tuple[float, float]]]:
+def time_decoders(
+    contestants: dict[str, TimedDecoder], idx: Tensor
+) -> dict[str, list[tuple[float, float]]]:
     """Return decoding_seconds of each decoder in each round; of those without a cache, of one."""
-    times = {name: [] for name in field}
-    for decoder in field.values():
+    times = {name: [] for name in contestants}
+    for decoder in contestants.values():
         decoder.run(idx, 2)  # warms up
     for number in range(rounds):
-        for name, decoder in field.items():
+        for name, decoder in contestants.items():
             if decoder.has_cache or number == 0:
                 latest = decoding_seconds(decoder, idx)
             else:
@@ -651,12 +660,11 @@ def bandwidth() -> str:
 
 def cache_table() -> str:
     """Return a table of the cache's bytes per token, by slots and kind of attention."""
+    kinds = {"multi-head": {}}
+    if config["n_head"] % 4 == 0:
+        kinds["4 heads of keys and values"] = {"n_kv_head": 4}
     latent = {"attention": "mla", "n_latent": config["n_embd"] // 4, "position": "rope"}
-    kinds = {
-        "multi-head": {},
-        "4 heads of keys and values": {"n_kv_head": 4},
-        "latent of n_embd/4": latent,
-    }
+    kinds["latent of n_embd/4"] = latent
     shape, models = vars(decoded_shapes()["2 + 4x4 + 2"]), []
     with torch.device("meta"):  # tensors without contents
         for changed in kinds.values():
@@ -689,19 +697,19 @@ def looped_tables() -> tuple[str, str]:
     return table(exit_head, exits), table(draft_head, drafted)
 
 
-def continued(model: GPT, n_loop: int, x: Tensor, ways: dict[Hashable, dict]) -> tuple[dict, dict]:
+def time_generate(
+    model: GPT, n_loop: int, x: Tensor, settings: dict[Hashable, dict]
+) -> tuple[dict, dict]:
     """Return {(name, batch size): median seconds} and {..: what generate returned}.
 
-    The first half of windows x (B, T) is continued by as many tokens. ways: names to options of
+    The first half of windows x (B, T) is continued by as many tokens. settings: names to options of
     generate.
     """
     half, works = model.block_size // 2, {}
-    for name, options in ways.items():
+    for name, options in settings.items():
         for batch_size in batch_sizes:
-            prompts, options = x[:batch_size, :half], options | {"temperature": 0}
-            works[name, batch_size] = partial(
-                generate, model, prompts, half, n_loop=n_loop, **options
-            )
+            prompts, greedily = x[:batch_size, :half], {"n_loop": n_loop, "temperature": 0}
+            works[name, batch_size] = partial(generate, model, prompts, half, **greedily, **options)
     results = {key: work() for key, work in works.items()}  # warms up
     return {key: statistics.median(times) for key, times in in_turns(works).items()}, results
 
@@ -711,8 +719,8 @@ def exit_rows(n_loop: int, model: GPT, x: Tensor, y: Tensor) -> Iterator[list]:
     rules = {0.0: None}
     for threshold in exit_thresholds:
         rules[threshold] = make_exit(model, "state", threshold)
-    ways = {threshold: {"exit_rule": rule} for threshold, rule in rules.items()}
-    seconds, _ = continued(model, n_loop, x, ways)
+    settings = {threshold: {"exit_rule": rule} for threshold, rule in rules.items()}
+    seconds, _ = time_generate(model, n_loop, x, settings)
     full_loss, _ = exit_evaluation(model, x, y, None, n_loop)
     for threshold, rule in rules.items():
         loss, used = exit_evaluation(model, x, y, rule, n_loop)
@@ -726,23 +734,23 @@ def exit_rows(n_loop: int, model: GPT, x: Tensor, y: Tensor) -> Iterator[list]:
 
 def draft_rows(n_loop: int, model: GPT, x: Tensor) -> Iterator[list]:
     """Yield a row for each pair of drafts: drafts accepted, tokens as without, and the speed."""
-    plain, ways = (0, 0), {(0, 0): {}}
+    plain, settings = (0, 0), {(0, 0): {}}
     for draft_loops, draft_tokens in drafts:
         if draft_loops < n_loop:
             options = {"draft_loops": draft_loops, "draft_tokens": draft_tokens}
-            ways[draft_loops, draft_tokens] = options
-    seconds, results = continued(model, n_loop, x, ways)
-    for pair in ways:
+            settings[draft_loops, draft_tokens] = options
+    seconds, results = time_generate(model, n_loop, x, settings)
+    for pair in settings:
         if pair == plain:
             continue
-        accepted, same, speeds = [], [], []
+        accepted, equal, speeds = [], [], []
         for batch_size in batch_sizes:
             tokens, stats = results[pair, batch_size]
             plain_tokens, _ = results[plain, batch_size]
             accepted.append(f"{stats['accepted'] / stats['drafted']:.0%}")
-            same.append(f"{(tokens == plain_tokens).float().mean():.1%}")
+            equal.append(f"{(tokens == plain_tokens).float().mean():.1%}")
             speeds.append(f"{seconds[plain, batch_size] / seconds[pair, batch_size]:.2f}")
-        yield [n_loop, *pair, ", ".join(accepted), ", ".join(same), *speeds]
+        yield [n_loop, *pair, ", ".join(accepted), ", ".join(equal), *speeds]
 
 
 def decode_section() -> str:
@@ -753,12 +761,13 @@ def decode_section() -> str:
         f"{config['block_size']}; prompts of {prompt_tokens}, {new_tokens} new tokens. Tokens/s "
         "with the prompt, a step without it; weights are counted as often as they are applied."
     )
+    caches = cache_table()  # refuses what cannot be, before minutes of timing
     parts = []
     if device.type != "cuda":
         missing = "bfloat16 there, the share of its copy bandwidth, compiled steps"
         parts.append(f"Not measured on a GPU: {missing}.")
     parts += ["### GPT-2's shape, random weights", what, decoding_table(), bandwidth()]
-    parts += ["### Cache, bytes per token", cache_table()]
+    parts += ["### Cache, bytes per token", caches]
     if looped:
         exits, drafted = looped_tables()
         parts += [f"### Exit by the change of the state: {Path(looped).name}", exits]

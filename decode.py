@@ -63,10 +63,10 @@ class StageCache:
         """Return what loop i reads and writes: two tensors (B, heads, S, channels) per block."""
         return self.views[self.slots[i]]
 
-    def copy_to_deeper(self, i: int, cache_pass: "Pass") -> None:
+    def copy_to_deeper(self, i: int, view: "CacheView") -> None:
         """Copy a pass's tokens, which stop after loop i, to the slots that they will not reach."""
         first = max(self.slots[: i + 1]) + 1
-        rows, cells = cache_pass.rows, cache_pass.cells
+        rows, cells = view.rows, view.cells
         for pair in self.parts:
             for part in pair:
                 deepest = part[self.slots[i]][rows, :, cells]  # (R, T, heads, channels)
@@ -123,16 +123,18 @@ class Cache:
                 for part in (part for pair in slot for part in pair):
                     torch._dynamo.mark_static_address(part, guard=False)
 
-    def open(self, n_new: int, rows: Tensor | None = None, seen: Tensor | None = None) -> "Pass":
+    def open(
+        self, n_new: int, rows: Tensor | None = None, seen: Tensor | None = None
+    ) -> "CacheView":
         """Begin a pass of n_new tokens in rows (R,), None for all, behind seen (R,) tokens of each.
 
         seen is by default all that the cache has. GPT.forward and GPT.embed take the pass as cache.
         """
-        return Pass(self, n_new, rows, seen)
+        return CacheView(self, n_new, rows, seen)
 
-    def close(self, cache_pass: "Pass", count: int | Tensor) -> None:
+    def close(self, view: "CacheView", count: int | Tensor) -> None:
         """End a pass: of its tokens the first count (an int or (R,)) stay in each row."""
-        self.lengths[cache_pass.row_numbers] = cache_pass.seen + count
+        self.lengths[view.row_numbers] = view.seen + count
 
     def bytes_per_token(self) -> int:
         """Return the bytes that one token of one row takes."""
@@ -140,7 +142,7 @@ class Cache:
         return sum(part[:, 0, :, 0].nbytes for pair in pairs for part in pair)
 
 
-class Pass:
+class CacheView:
     """New tokens on their way through the model: their rows and cells, and the slots of each call.
 
     Every call of attention calls extend() once, and takes the next of the slots.
@@ -150,7 +152,7 @@ class Pass:
         self.cache = cache
         self.row_numbers = torch.arange(len(cache.lengths)) if rows is None else rows  # on the CPU
         self.seen = cache.lengths[self.row_numbers] if seen is None else seen  # (R,), on the CPU
-        self.length = int(self.seen.max())
+        self.length = int(self.seen.max())  # tokens before the new ones, in the longest row
         device, offset = cache.ids.device, cache.offset
         n_cells = n_new if self.length else n_new + offset
         start = (self.seen + offset * (self.seen > 0)).to(device)
@@ -166,13 +168,13 @@ class Pass:
                 self.slots += stage.of_loop(i)
         self.calls = 0
 
-    def with_slots(self, slots: list[list[Tensor]]) -> "Pass":
+    def with_slots(self, slots: list[list[Tensor]]) -> "CacheView":
         """Return the same pass for calls of attention that use these slots."""
         other = copy.copy(self)
         other.slots, other.calls = slots, 0
         return other
 
-    def of_rows(self, pick: Tensor) -> "Pass":
+    def of_rows(self, pick: Tensor) -> "CacheView":
         """Return the same pass for some of its rows, by number or as a mask (R,)."""
         other = copy.copy(self)
         other.rows, other.cells = self.rows[pick], self.cells[pick]
@@ -329,14 +331,15 @@ class Decoder:
         """
         self.model, self.cache = model, cache
         self.rule, self.min_loops, self.shapes = exit_rule, min_loops, shapes
-        before, stage, after = model.split(n_loop)
+        before, stage, after = model.around_group(n_loop)
         self.stages = [*before, stage, *after]
-        self.split = len(before)  # the number of the stage where exits happen
+        self.exit_stage = len(before)  # number of the stage where exits happen
         self.loop, self.n = stage.loop, stage.n
         self.n_used = stage.n if stage.looped else 0  # loops of a token that does not stop early
         rows, C, weight = len(cache.lengths), model.config.n_embd, model.lm_head.weight
         deepest = max(stage.n for stage in self.stages)
-        self.index = torch.arange(deepest, device=weight.device).split(1)  # an int is compiled in
+        # a tensor per loop index: torch.compile would compile an int into the graph
+        self.index = torch.arange(deepest, device=weight.device).split(1)
         self.warm = weight.new_zeros(rows, 1, C) if warm_start else None
         averages = isinstance(exit_rule, GateExit) and model.config.exit_gate == "mean_state"
         self.state_sums = weight.new_zeros(self.n, rows, 1, C) if averages else None
@@ -344,13 +347,13 @@ class Decoder:
     def enter(self, idx: Tensor, rows: Tensor, seen: Tensor | None = None):
         """Run tokens idx (R, T) of rows (R,) up to the loop: return e, the first state, Context."""
         x, ctx = self.model.embed(idx, self.cache.open(idx.size(1), rows, seen))
-        x = self.run_stages(range(self.split), x, ctx)
+        x = self.run_stages(range(self.exit_stage), x, ctx)
         e, s = self.loop.begin(x, ctx, self.n)
         return e, s, ctx
 
     def leave(self, s: Tensor, ctx: Context) -> Tensor:
         """Return the last hidden states (R, T, C), which the head reads, of states s (R, T, C)."""
-        x = self.run_stages(range(self.split + 1, len(self.stages)), self.loop.exit(s), ctx)
+        x = self.run_stages(range(self.exit_stage + 1, len(self.stages)), self.loop.exit(s), ctx)
         return self.model.transformer.ln_f(x)
 
     def run_stages(self, numbers: range, x: Tensor, ctx: Context) -> Tensor:
@@ -363,7 +366,7 @@ class Decoder:
 
     def run_loops(self, loops: range, s: Tensor, e: Tensor, ctx: Context, number=None) -> Tensor:
         """Return the state after these loops of a stage, by default of the one where exits are."""
-        number = self.split if number is None else number
+        number = self.exit_stage if number is None else number
         compiled = tuple(s.shape[:2]) in self.shapes
         step = compiled_loop() if compiled else one_loop
         for i in loops:
@@ -456,11 +459,11 @@ class Decoder:
         self.state_sums[i, rows] += s
         return self.state_sums[i, rows] / (ctx.cache.cells + 1).unsqueeze(-1)
 
-    def record_exit(self, i: int, s: Tensor, cache_pass: Pass) -> None:
+    def record_exit(self, i: int, s: Tensor, view: CacheView) -> None:
         """Let deeper loops of later tokens read what tokens that stop after loop i have there."""
         if self.state_sums is not None:
-            self.state_sums[i + 1 :, cache_pass.rows[:, 0]] += s
-        self.cache.stages[self.split].copy_to_deeper(i, cache_pass)
+            self.state_sums[i + 1 :, view.rows[:, 0]] += s
+        self.cache.stages[self.exit_stage].copy_to_deeper(i, view)
 
     def draft(self, token: Tensor, rows: Tensor, count: int, n_draft: int, guess: Callable):
         """Draft count tokens behind token (R, 1) with n_draft loops, then verify at full depth.

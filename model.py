@@ -3,13 +3,14 @@ A GPT in which groups of blocks may be applied several times with the same weigh
 
     forward:  embed -> stages -> readout             stage: a block, or a looped group of blocks
     loop:     for i in range(n): s = step(s, e, i)   e: what enters the loop, s: its state
-    step:     s = norm(blocks(inject(s, e) + index(i)))
+    step:     s = norm(blocks(inject(s, e)))         options add: which loop it is, e once more
 
-Prelude, core and coda are the stages before, in and after the loop. The first half of this file is
-the model. The second half, below a double ruler, is a catalogue: the parts that options choose,
-TABLES that say which option is which part, and the checks of the config.
+Prelude, core and coda are the stages before, in and after the loop. Every stage is a Loop: a block
+that is not looped has one whose options are all off, so that it applies the block once. The first
+half of this file is the model; the second, below a double ruler, is a catalogue: the parts that
+options choose, TABLES that say which option is which part, and the checks of the config.
 
-The config is read in __init__ only, and an option that is off is a module that does nothing.
+The config is read in __init__ only; an option that is off is a module that does nothing.
 Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
 
@@ -32,7 +33,7 @@ class GPTConfig:
     # shape
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # GPT-2's 50257 ids, padded to a multiple of 64 for speed
-    n_layer: int = 12  # blocks of a plain GPT or under loop_groups; unused when n_block is set
+    n_layer: int = 12  # blocks, of a plain GPT and with loop_groups; not read with n_block
     n_head: int = 12  # attention heads
     n_embd: int = 768  # channels of the residual stream
     dropout: float = 0.0  # 0 for pretraining, 0.1 and more for small data
@@ -41,12 +42,12 @@ class GPTConfig:
     position: str = "learned"  # learned, rope, none
     attention: str = "mha"  # mha (multi-head), mla (keys and values from one latent vector)
     mlp: str = "gelu"  # gelu, gelu_tanh, relu2, swiglu
-    # which blocks are looped, and how often
+    # what is looped: n_block between n_prelude and n_coda, or loop_groups of n_layer blocks
     n_prelude: int = 0  # blocks before the looped core
-    n_block: int = 0  # blocks of the looped core; 0: a plain GPT, or loop_groups
+    n_block: int = 0  # blocks of the looped core; 0: no core
     n_coda: int = 0  # blocks after the looped core
     n_loop: int = 1  # loops of every group; with a sampled depth, their mean
-    loop_groups: tuple = ()  # any looping over n_layer blocks: [[0,1],[3]] loops 0-1 and 3
+    loop_groups: tuple = ()  # [[0,1],[3]] loops blocks 0 and 1 together, and block 3
     loop_counts: tuple = ()  # loops of each group, instead of n_loop
     max_loops: int = 64  # bound of a sampled depth; rows of the learned loop embedding
     use_model_baseline: bool = False  # the control run: the same blocks with nothing looped
@@ -54,7 +55,7 @@ class GPTConfig:
     input_injection: str = "inject"  # input to loops: passthrough, add, inject, diagonal, residual
     residual_share: float = 0.1  # share of its input that residual adds after each loop
     state_init: str = "input"  # state before the first loop: input, zero, noise
-    loop_noise_scale: float = 0.0  # training noise on the first state, in sqrt(2 / (5 n_embd))
+    loop_noise_scale: float = 0.0  # std of training noise on it, in units of sqrt(2 / (5 n_embd))
     loop_norm: str = "rmsnorm"  # norm of the state after each loop: none, rmsnorm, weightless
     loop_embedding: str = "none"  # tells the blocks which loop it is: none, learned, sinusoidal
     loop_sampling: str = "fixed"  # loops of a training step: fixed, uniform, geometric, poisson
@@ -64,8 +65,8 @@ class GPTConfig:
     n_ahead: int = 1  # heads, each for one token further ahead (arXiv 2404.19737)
     predict_ahead: bool = False  # a token before each window says how far ahead to predict
     max_shift: int = 4  # the farthest that predict_ahead asks for
-    label_shift_prob: float = 0.5  # chance of each step of the shift to be the last (geometric)
-    # what other families need; 0 is the usual
+    label_shift_prob: float = 0.5  # p of the shift's geometric distribution
+    # rarely: variants of other families of models; the defaults are GPT-2's
     n_kv_head: int = 0  # heads of keys and values, each shared by several query heads; 0: n_head
     head_size: int = 0  # channels of a head; 0: n_embd / n_head
     n_latent: int = 0  # channels of mla's latent vector; 0: n_embd / 2
@@ -119,7 +120,7 @@ class GPTConfig:
         return () if self.use_model_baseline else groups
 
     @property
-    def stages(self) -> tuple:
+    def layout(self) -> tuple:
         """Blocks and looped groups in order, (block numbers, looped): (((0,), False), ..)."""
         group_of = {block: (block,) for block in range(self.n_physical)}
         group_of |= {block: group for group in self.groups for block in group}
@@ -150,7 +151,7 @@ class Context(NamedTuple):
     cache: object = None  # earlier tokens when decoding: extend(k, v) -> k, v of all S tokens
 
     def rows(self, pick: Tensor | slice) -> "Context":
-        """Return the context of some rows of the batch, given as a slice or by their numbers."""
+        """Return the context of some rows, a slice or their numbers; the cache stays as it is."""
         if self.position.dim() == 1:  # every row has these positions and this mask
             return self._replace(idx=self.idx[pick])
         mask = None if self.mask is None else self.mask[pick]
@@ -159,7 +160,7 @@ class Context(NamedTuple):
 
 
 class Identity(nn.Identity):
-    """An option that is off: returns its first argument."""
+    """Returns its first argument: the part of an option that is off, whatever arguments it gets."""
 
     def forward(self, x: Tensor, *_) -> Tensor:
         return x
@@ -190,7 +191,8 @@ class Attention(nn.Module):
             self.rotated_norm = nn.RMSNorm(self.head_dim, elementwise_affine=False)
         self.q_bias = QKBias(config, H) if config.qk_bias else Identity()
         self.k_bias = QKBias(config, K) if config.qk_bias else Identity()
-        embeds = config.value_embedding and (config.n_physical - 1 - layer) % 2 == 0
+        every_other = (config.n_physical - 1 - layer) % 2 == 0  # counted from the last block
+        embeds = config.value_embedding and every_other
         self.value = ValueEmbedding(config, K) if embeds else Identity()
         self.rotate = rotate if config.position == "rope" else Identity()
 
@@ -272,7 +274,7 @@ class Loop(nn.Module):
         return e, self.noise(self.init_state(e, ctx), n)
 
     def step(self, s: Tensor, e: Tensor, i: int | Tensor, ctx: Context) -> Tensor:
-        """Return the state (B, T, C) after loop i; s is the state before it."""
+        """Return the state (B, T, C) after loop i: an int, or (B, 1), each row's own. s: before."""
         s = self.index(self.inject(s, e), i)
         for block in self.blocks:
             s = block(s, ctx)
@@ -288,23 +290,23 @@ class Loop(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, n: int) -> Tensor:
         for state in self.states(x, ctx, n):
-            s = state
+            s = state  # only the last is kept
         return self.exit(s)
 
 
 class Stage(NamedTuple):
     """A block, or a looped group of blocks, and how often this forward pass applies it."""
 
-    loop: Loop  # of a block outside every group: one with all options off, so the block alone
-    n: int  # 1 outside every group
-    looped: bool
+    loop: Loop
+    n: int  # 1 for a block outside every group
+    looped: bool  # in a group, so that n comes from n_loop
 
     def __call__(self, x: Tensor, ctx: Context) -> Tensor:
         return self.loop(x, ctx, self.n)
 
 
 class Inject(nn.Linear):
-    """Injection Linear([e, s]), initially [I | 0]: it returns e (nanoLOOP; Huginn's adapter)."""
+    """Injection Linear([e, s]), initially e alone: to carry s on is learned (nanoLOOP, Huginn)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(2 * config.n_embd, config.n_embd, config.bias)
@@ -341,10 +343,10 @@ class GPT(nn.Module):
         ln_f = make("norm", config) if config.final_norm else Identity()
         blocks = [Block(config, layer) for layer in range(config.n_physical)]
         plain = replace(config, **LOOP_OFF)  # for the blocks outside every group
-        self.loops, groups = [], nn.ModuleList()  # of all stages; of the looped ones
-        for numbers, looped in config.stages:
+        self.stage_loops, groups = [], nn.ModuleList()  # of all stages; of the looped ones
+        for numbers, looped in config.layout:
             loop = Loop(config if looped else plain, [blocks[i] for i in numbers], ln_f)
-            self.loops.append(loop)
+            self.stage_loops.append(loop)
             if looped:
                 groups.append(loop)
         position = LearnedPosition(config) if config.position == "learned" else Identity()
@@ -386,7 +388,7 @@ class GPT(nn.Module):
     def embed(self, idx: Tensor, cache=None, shift: int | Tensor = 1) -> tuple[Tensor, Context]:
         """Return x (B, T, C) and the Context of idx: token ids (B, T), or embeddings (B, T, C).
 
-        cache: a pass over a decode.Cache, whose tokens come before these. With predict_ahead the
+        cache: a CacheView of decode.py, whose tokens come before these. With predict_ahead the
         token of shift, an int or (B,), comes before the first: x is (B, T + 1, C) then.
         """
         n_before = 0 if cache is None else cache.length
@@ -397,7 +399,7 @@ class GPT(nn.Module):
         x = idx if embeddings else self.embedding_scale * self.transformer.wte(idx)
         if n_before == 0:
             x = self.prefix(x, shift)
-        source = self if cache is None else cache  # a cache knows where its rows' tokens end
+        source = self if cache is None else cache  # a CacheView knows where its rows' tokens end
         position, mask = source.positions_and_mask(x, idx)
         ctx = Context(position, mask, self.cos_sin(position), idx, cache)
         return self.transformer.drop(self.transformer.wpe(x, ctx)), ctx
@@ -405,10 +407,10 @@ class GPT(nn.Module):
     def schedule(self, n_loop: int | tuple | None = None) -> list[Stage]:
         """Return the stages of a forward pass, in order, at these loops (as counts takes them)."""
         counts = iter(self.config.counts(n_loop))
-        stages = zip(self.loops, self.config.stages)
+        stages = zip(self.stage_loops, self.config.layout)
         return [Stage(loop, next(counts) if looped else 1, looped) for loop, (_, looped) in stages]
 
-    def split(self, n_loop: int | tuple | None = None, group: int = -1):
+    def around_group(self, n_loop: int | tuple | None = None, group: int = -1):
         """Return (stages before, stage, stages after) of a looped group; of the last if none is."""
         stages = self.schedule(n_loop)
         looped = [i for i, stage in enumerate(stages) if stage.looped] or [len(stages) - 1]
@@ -420,7 +422,7 @@ class GPT(nn.Module):
         x, ctx = self.embed(idx, cache, shift)
         for stage in self.schedule(n_loop):
             x = stage(x, ctx)
-        return self.transformer.ln_f(x[:, -idx.size(1) :])
+        return self.transformer.ln_f(x[:, -idx.size(1) :])  # without the token of predict_ahead
 
     def logits(self, x: Tensor) -> Tensor:
         """Project last hidden states (B, T, C) to logits (B, T, V)."""
@@ -565,7 +567,6 @@ def rotate(x: Tensor, ctx: Context) -> Tensor:
 
 
 def causal(x: Tensor, idx: Tensor) -> tuple[Tensor, None]:
-    """Return positions and mask of windows that are one text each."""
     return torch.arange(x.size(1), device=x.device), None
 
 
@@ -746,8 +747,8 @@ class NoiseState(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.std = small_std(config) * config.embedding_scale
-        generator = torch.Generator().manual_seed(0)
-        fixed = torch.randn(config.n_position, config.n_embd, generator=generator)
+        seeded = torch.Generator().manual_seed(0)
+        fixed = torch.randn(config.n_position, config.n_embd, generator=seeded)
         self.register_buffer("fixed", fixed, persistent=False)
 
     def forward(self, e: Tensor, ctx: Context) -> Tensor:
@@ -923,7 +924,7 @@ def check_config(config: GPTConfig) -> None:
         kinds = {float: (float, int), tuple: (tuple, list)}.get(field.type, field.type)
         legal = isinstance(value, kinds) and (field.type is bool or not isinstance(value, bool))
         require(config, field.name, legal, f"of type {field.type.__name__}")
-        if field.type in (int, float):  # at least the default, or if that is positive, positive
+        if field.type in (int, float):  # positive if the default is, else at least the default
             least = field.default
             if least > 0:
                 least = 1 if field.type is int else 1e-9
@@ -988,12 +989,11 @@ def check_loops(config: GPTConfig) -> None:
     require(c, "loop_counts", legal, f"() or one count for each of {n_groups}")
     legal = all(type(n) is int and 1 <= n <= c.max_loops for n in c.loop_counts)
     require(c, "loop_counts", legal, f"counts from 1 to max_loops={c.max_loops}")
-    most = c.max_loops if looped and not c.loop_counts else 1
-    require(
-        c, "n_loop", c.n_loop <= most, f"at most {most}: max_loops; 1 with loop_counts, no loop"
-    )
+    require(c, "n_loop", c.n_loop <= c.max_loops, f"at most max_loops={c.max_loops}")
+    if c.loop_counts or not looped:
+        require(c, "n_loop", c.n_loop == 1, "1 where nothing is looped, or with loop_counts")
     require(c, "exit_gate", looped or c.exit_gate == "none", "none where nothing is looped")
     if c.input_injection == "passthrough":
         legal = c.state_init == "input" and not c.bptt_k
-        allowed = "another one with this state_init or bptt_k: else the prelude gets no gradient"
+        allowed = "used with state_init=input and bptt_k=0: else the prelude gets no gradient"
         require(c, "input_injection", legal, allowed)

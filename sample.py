@@ -37,8 +37,10 @@ chat = False  # continue each line that is typed
 color = False  # color each token by its loops, from green (few) to red (many)
 # when a token stops looping
 automatic_loop_exit = False  # let each token stop looping by itself
-automatic_loop_exit_threshold = 0.03  # what exit_rule is compared with; 0: never stop early
-exit_rule = "state"  # state, kl or entropy (their change), argmax (loops unchanged), gate
+exit_rule = "state"  # relative change of state; kl, entropy (nats); loops of one argmax; gate
+automatic_loop_exit_threshold = (
+    0.03  # state, kl, entropy: below; argmax, gate: from it on; 0: never
+)
 min_loops = 1  # fewest loops of a token
 warm_start = False  # begin each token's state at the last state of the token before it
 # speed

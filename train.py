@@ -43,9 +43,7 @@ from nanorecur.run_log import RunLog
 # -----------------------------------------------------------------------------
 # the run; all defaults are those of GPT-2 (124M) on OpenWebText
 out_dir = "out"  # folder of the run: checkpoints, log.jsonl, config.json
-init_from = (
-    "scratch"  # or resume, auto (resume if out_dir has a run), a checkpoint, gpt2, hf:<name>
-)
+init_from = "scratch"  # scratch, resume, auto (resume if it can), a checkpoint, gpt2, hf:<name>
 seed = 1337
 # evaluation and saving
 eval_interval = 2000  # steps between evaluations; each is followed by a checkpoint
@@ -63,7 +61,7 @@ dataset = "openwebtext"  # a folder in data/, or the path of a prepared folder
 batch_size = 12  # windows of block_size tokens in one micro-step of one process
 gradient_accumulation_steps = 40  # micro-steps in a step, divided among the processes
 # optimizer
-optimizer = "adamw"  # or muon: Muon on the matrices of Linear layers, AdamW on the rest
+optimizer = "adamw"  # adamw, or muon: Muon on the matrices of Linear layers, AdamW on the rest
 learning_rate = 6e-4  # largest rate of AdamW
 muon_learning_rate = 0.02  # largest rate of Muon, on the same schedule
 max_iters = 600000  # steps
@@ -81,7 +79,7 @@ device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype = "auto"  # float32, or bfloat16 for matrix products; auto: bfloat16 on a GPU that has it
 compile = True  # compile the blocks, once for any number of loops
 # rarely: objective
-objective = "next"  # or a loss at every loop: deep, distill, exit, exit_gate, confidence
+objective = "next"  # next; by every loop: deep, distill, exit, exit_gate, confidence (see README)
 loss_weighting = "uniform"  # objective=deep: weight of the loss after loop t: uniform, linear in t
 entropy_weight = 0.1  # objective=exit: reward for the gate's entropy (Ouro's beta)
 distill_weight = 0.5  # objective=distill: weight of the divergence from the last loop
@@ -103,18 +101,20 @@ ema_decay = 0.0  # evaluate and save a moving average of the weights, such as 0.
 # rarely: evaluation, saving, logging
 eval_stride = 0  # score the whole split, in windows this many tokens apart; 0: eval_iters batches
 automatic_loop_exit = False  # evaluate with early exit too: each token stops looping by itself
-automatic_loop_exit_threshold = 0.03  # what exit_rule is compared with; 0: never stop early
-exit_rule = "state"  # state, kl or entropy (their change), argmax (loops unchanged), gate
+exit_rule = "state"  # relative change of state; kl, entropy (nats); loops of one argmax; gate
+automatic_loop_exit_threshold = (
+    0.03  # state, kl, entropy: below; argmax, gate: from it on; 0: never
+)
 save_interval = 0  # steps between further checkpoints; 0: none
 keep_last = 2  # number of checkpoints kept
-wandb_mode = "online"  # or offline
+wandb_mode = "online"  # online, offline
 # rarely: data
 stream = False  # read the corpus that the folder's prepare.py names while training; store nothing
 input_files = ""  # with stream: local .parquet, .jsonl or .txt files instead of the hub
 # rarely: memory and processes
 loss_chunk = 0  # tokens whose logits exist at once, to save memory; 0: all
 recompute = "none"  # recompute activations to save memory: cheap (no products), block, loop
-param_dtype = "float32"  # or bfloat16: weights that compute; the optimizer keeps float32
+param_dtype = "float32"  # float32, or bfloat16: weights that compute; the optimizer has float32
 shard = False  # FSDP2: share parameters, gradients and moments among the processes
 backend = "auto"  # of torchrun's processes: nccl, gloo; auto: nccl on CUDA
 patience = 600  # seconds that processes wait for another one, for instance while it saves
@@ -128,11 +128,12 @@ with clear_errors():
     check_options(config, processes)
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    found = checkpoint.exists(out_dir)
-    fresh = init_from == "scratch" or (init_from == "auto" and not found)
-    resume = init_from == "resume" or (init_from == "auto" and found)
-    free = resume or eval_only or not found
-    require("out_dir", out_dir, free, "free of other runs; --init_from=auto goes on with this one")
+    has_checkpoint = checkpoint.exists(out_dir)
+    fresh = init_from == "scratch" or (init_from == "auto" and not has_checkpoint)
+    resume = init_from == "resume" or (init_from == "auto" and has_checkpoint)
+    may_write = resume or eval_only or not has_checkpoint
+    allowed = "free of other runs; --init_from=auto goes on with this one"
+    require("out_dir", out_dir, may_write, allowed)
 
     # data: meta says what the token files hold
     data_dir = Path(__file__).parent / "data" / dataset
@@ -192,9 +193,9 @@ with clear_errors():
     # from here on files are written
     if processes.is_first and not eval_only:
         os.makedirs(out_dir, exist_ok=True)
-        claim = checkpoint.lock(out_dir)
-        free = checkpoint.exists(out_dir) == found
-        require("out_dir", out_dir, free, "free of other runs; one has begun just now")
+        lock_file = checkpoint.lock(out_dir)
+        unchanged = checkpoint.exists(out_dir) == has_checkpoint
+        require("out_dir", out_dir, unchanged, "free of other runs; one has begun just now")
         as_json = json.dumps(config, indent=1).encode()
         write_atomically(Path(out_dir, "config.json"), as_json)
 
@@ -217,7 +218,7 @@ if resume:
 clip_spectra = optim.SpectralClip(
     raw_model, spectral_clip_beta, spectral_clip_interval, spectral_clip_all
 )
-computed = optim.ComputedWeights(raw_objective, "float32" if shard else param_dtype)
+computed = optim.ComputeCopy(raw_objective, "float32" if shard else param_dtype)
 if compile and compile_works(device):
     for block in {*raw_model.transformer.h, *computed.objective.model.transformer.h}:
         block.compile()  # in place: loops stay Python, so their number never recompiles
@@ -266,12 +267,13 @@ def get_lr(it):
         return (it + 1) / (warmup_iters + 1)
     start = hold_iters if lr_schedule == "wsd" else warmup_iters
     progress = min(1.0, max(0.0, (it - start) / (lr_decay_iters - start)))
-    falls = {"cosine": 0.5 * (1 - math.cos(math.pi * progress)), "constant": 0.0}
-    return 1 - (1 - min_lr / learning_rate) * falls.get(lr_schedule, progress)
+    cosine = 0.5 * (1 - math.cos(math.pi * progress))
+    falls = {"cosine": cosine, "linear": progress, "wsd": progress, "constant": 0.0}
+    return 1 - (1 - min_lr / learning_rate) * falls[lr_schedule]
 
 
 def get_loops(it):
-    """Return the loops of step it for each of its rows, one int per group; or once for all rows."""
+    """Return a list of loop counts, one int per group: one for step it, or one for each row."""
     share = min(1.0, (it + 1) / loop_warmup_iters) if loop_warmup_iters else 1.0
     if loop_warmup == "sqrt":
         share = 1 - math.sqrt(1 - share)
@@ -410,16 +412,16 @@ while True:
         processes.sync_gradients(micro_step == micro_steps - 1 or computed.is_copy)
         with autocast(device, dtype):
             loss, parts = model(*batch)
-        share = loss * world_size / n_targets  # processes average, so their sum is this mean
-        share.backward(1 + 0 * share.detach())  # a loss of NaN or Inf makes the gradient NaN
-        computed.collect()
+        share = loss * world_size / n_targets  # of the mean; the average over processes sums up
+        share.backward(1 + 0 * share.detach())  # 0 * Inf is NaN: an infinite loss is noticed
+        computed.collect_gradients()
         evaluation.add(totals, parts)
     # all that a step waits for: one NaN in the weights would cost the run
     norm = processes.gradient_norm(optim.clip_gradient(raw_model, grad_clip))
     if guard.accepts(norm):
         optimizers.step(get_lr(iter_num))
         clip_spectra(iter_num)
-        computed.publish()
+        computed.copy_weights()
         average.update()
     else:
         log_skip(norm)
@@ -436,7 +438,7 @@ while True:
 
 log.close()
 if processes.is_first and not eval_only:
-    claim.close()
+    lock_file.close()
 if ending and processes.is_first:
     print(f"{signal.Signals(asked).name}: {out_dir} holds the run as of step {saved_iter}")
 del model

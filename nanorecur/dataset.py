@@ -372,7 +372,7 @@ class Split:
         n_bytes: size of the text. row: "row" of a task's meta.json. path: for error messages.
         Raises ValueError where an id is beyond vocab_size or block_size does not fit.
         """
-        self.split = name
+        self.name = name
         self.tokens = tokens
         self.n_tokens = len(tokens)
         self.n_bytes = n_bytes
@@ -412,7 +412,7 @@ class Split:
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.n_windows)
         starts = np.empty_like(places)
         for epoch in np.unique(epochs):
-            key = random_key(seed, self.split, int(epoch))
+            key = random_key(seed, self.name, int(epoch))
             offset = key % self.step
             if self.row or epoch == 0:
                 offset = 0
@@ -461,7 +461,7 @@ class Split:
         """Return the level (N,) of the task's rows at these starts, 0 for text."""
         if not self.row:
             return np.zeros(len(starts), int)
-        levels, rows = zip(*self.row["levels"][self.split])
+        levels, rows = zip(*self.row["levels"][self.name])
         return np.repeat(levels, rows)[starts // self.step]
 
 

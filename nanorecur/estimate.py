@@ -33,6 +33,7 @@ from nanorecur.options import check_options
 from nanorecur.parallel import Processes
 from nanorecur.training_step import TrainingStep
 
+Loops = int | tuple | None  # as GPT.forward takes n_loop
 CPU = torch.device("cpu")
 GPUS_PER_NODE = 8  # GPUs that are joined by their own link; more of them by the network
 
@@ -95,7 +96,7 @@ def attention_in_bfloat16(function: Callable, q, k, v, mask, dropout, *others, *
         return function(q, k, v, mask, 0.0, *others, **options)
 
 
-def memory(config: dict, n_loop, dtype: torch.dtype, on_gpu: bool = True) -> dict[str, int]:
+def memory(config: dict, n_loop: Loops, dtype: torch.dtype, on_gpu: bool = True) -> dict[str, int]:
     """Return the bytes of each part at the peak of a process's second step, the first with all.
 
     config: train.py's options and bench.py's. on_gpu: with the number types of CUDA's autocast.
@@ -111,7 +112,7 @@ def memory(config: dict, n_loop, dtype: torch.dtype, on_gpu: bool = True) -> dic
         step = TrainingStep(config, CPU, dtype, micro_steps=micro_steps, fake=True)
         weights = counted.now
         step(n_loop)
-        lasting = counted.peak = counted.now
+        lasting = counted.now
         step(n_loop)
     trained = [p for p in step.model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
@@ -131,11 +132,11 @@ def sharded(parts: dict[str, int], model: GPT, n: int, micro_steps: int) -> dict
     Two blocks and all that is outside blocks are gathered at a time. Gradients are whole while
     those of several micro-steps are added up.
     """
-    whole = sum(p.nbytes for p in model.parameters())
+    total = sum(p.nbytes for p in model.parameters())
     blocks = [sum(p.nbytes for p in block.parameters()) for block in model.transformer.h]
     shards = {name: parts[name] / n for name in ("weights", "optimizer")}
     shards["gradients"] = parts["gradients"] / (n if micro_steps == 1 else 1)
-    shards["gathered"] = 2 * (whole - sum(blocks) + 2 * max(blocks))
+    shards["gathered"] = 2 * (total - sum(blocks) + 2 * max(blocks))
     return shards
 
 
@@ -154,7 +155,7 @@ def depths_of(config: dict, model: GPT) -> dict[tuple[int, ...], float]:
     return {depth: count / draws for depth, count in counts.items()}
 
 
-def recomputed_flops(model: GPT, recompute: str, n_loop) -> int:
+def recomputed_flops(model: GPT, recompute: str, n_loop: Loops) -> int:
     """Return the FLOPs per token that the backward pass computes again.
 
     That is the most it can be: it stops where it has all it needs.
@@ -170,7 +171,7 @@ def recomputed_flops(model: GPT, recompute: str, n_loop) -> int:
     return total
 
 
-def traffic(model: GPT, n_loop) -> tuple[int, int]:
+def traffic(model: GPT, n_loop: Loops) -> tuple[int, int]:
     """Return (parameters that FSDP2 gathers in a micro-step, parameters whose gradients it sends).
 
     Blocks are gathered at each call, forward and backward.
@@ -231,7 +232,7 @@ def check(config: dict) -> None:
     check_options(config, processes)
 
 
-def remedies(config: dict, n_loop, dtype: torch.dtype, on_gpu: bool) -> dict[str, float]:
+def remedies(config: dict, n_loop: Loops, dtype: torch.dtype, on_gpu: bool) -> dict[str, float]:
     """Return {"--option=value": bytes in all with it} of options that save memory, least first."""
     changes = [("recompute", "cheap"), ("recompute", "block"), ("loss_chunk", 2048)]
     changes.append(("batch_size", config["batch_size"] // 2 or 1))

@@ -53,7 +53,7 @@ class Evaluation:
 
     def windows(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
         """Return (starts, n_scored): of each window its start, and how many last targets count."""
-        if self.config["eval_stride"] and split.split != "train":
+        if self.config["eval_stride"] and split.name != "train":
             return split.sliding(self.config["eval_stride"])
         most = self.config["eval_iters"] * self.config["batch_size"]
         starts = split.spread(min(most, split.n_windows))
@@ -84,8 +84,8 @@ class Evaluation:
     def run(self, eval_loops: tuple) -> tuple[list[dict], dict] | None:
         """Return (rows, details), or None if a signal came. eval_loops: further loop counts.
 
-        rows: of training at the model's own loops, of other splits at eval_loops too, and where the
-        model predicts further ahead, at each shift. details: as in details().
+        rows: a dict per (split, loops, shift) with these keys and those of score(): train at the
+        model's own loops, other splits at eval_loops too; with predict_ahead val at each shift.
         """
         model_config = self.model.config
         own = model_config.counts()
@@ -183,10 +183,11 @@ class Evaluation:
     def report_states(self) -> dict:
         """Return how the states of each group behave on one batch of validation.
 
-        "groups": norm of the state after each loop, how far each loop but the first moves it (as a
-        share of the norm), mean correlation between tokens at the end. "gain": the loss at one loop
-        less that at the model's own, in nats. Two published runs failed by these: correlation going
-        to 1, the state ignored (Huginn, arXiv 2502.05171, section 4.3).
+        groups: a dict per group. norm: mean norm of the state after each of n loops. change: how
+        far each loop but the first moves the state, as a share of its norm. token_correlation: mean
+        cosine between different tokens after the last loop.
+        gain: loss at one loop minus loss at the model's own loops, in nats.
+        Huginn's two failed runs had a token_correlation of 1, and no gain (2502.05171, 4.3).
         """
         split, batch_size = self.splits["val"], self.config["batch_size"]
         starts = split.spread(min(batch_size, split.n_windows))

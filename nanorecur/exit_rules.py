@@ -2,9 +2,9 @@
 Rules that stop looping early, in decoding and evaluation, and predictions after each loop.
 
 A rule is asked after every loop. start(s) returns what it carries from the state before the first
-loop; measure(carry, s, logits) returns a number per token, and what to carry on, from the state s
-after the loop or from logits(), the logits read out at this loop; reached(measure) says which
-tokens stop. Shapes: s (B, T, C), logits (B, T, V), measure (B, T), carry a tuple of (B, T, ..).
+loop; measure(carry, s, read_out) returns a number per token, and what to carry on, from the state
+s after the loop or from read_out(), the logits at this loop; reached(measure) says which tokens
+stop. Shapes: s (B, T, C), logits (B, T, V), measure (B, T), carry a tuple of (B, T, ..).
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def after_each_loop(
     idx: (B, T). group: which looped group, by default the last. The stages behind it, other groups
     as often as configured, see these states for all tokens.
     """
-    before, (loop, n, _), after = model.split(n_loop, group)
+    before, (loop, n, _), after = model.around_group(n_loop, group)
     x, ctx = model.embed(idx, shift=shift)
     T = idx.size(1)
     for stage in before:
@@ -58,14 +58,14 @@ def state_change(before: Tensor, s: Tensor) -> Tensor:
     return (s - before).norm(dim=-1) / s.norm(dim=-1)
 
 
-def kl(p: Tensor, q: Tensor) -> Tensor:
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return KL(p || q) in nats of log-probabilities (.., V), shape (..)."""
-    return (p.exp() * (p - q)).sum(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def entropy(p: Tensor) -> Tensor:
+def entropy(log_p: Tensor) -> Tensor:
     """Return the entropy in nats of log-probabilities (.., V), shape (..)."""
-    return -(p.exp() * p).sum(-1)
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 class StateExit(NamedTuple):
@@ -76,7 +76,7 @@ class StateExit(NamedTuple):
     def start(self, s: Tensor) -> tuple:
         return (s,)
 
-    def measure(self, carry: tuple, s: Tensor, logits: Callable) -> tuple[Tensor, tuple]:
+    def measure(self, carry: tuple, s: Tensor, read_out: Callable) -> tuple[Tensor, tuple]:
         return state_change(carry[0], s), (s,)
 
     def reached(self, measure: Tensor) -> Tensor:
@@ -91,8 +91,8 @@ class KLExit(NamedTuple):
     def start(self, s: Tensor) -> tuple:
         return (s.new_zeros(*s.shape[:2], 1),)
 
-    def measure(self, carry: tuple, s: Tensor, logits: Callable) -> tuple[Tensor, tuple]:
-        now = logits().float().log_softmax(-1)
+    def measure(self, carry: tuple, s: Tensor, read_out: Callable) -> tuple[Tensor, tuple]:
+        now = read_out().float().log_softmax(-1)
         before = carry[0].expand_as(now).log_softmax(-1)
         return kl(before, now), (now,)
 
@@ -108,8 +108,8 @@ class EntropyExit(NamedTuple):
     def start(self, s: Tensor) -> tuple:
         return (s.new_full(s.shape[:2], torch.inf, dtype=torch.float),)
 
-    def measure(self, carry: tuple, s: Tensor, logits: Callable) -> tuple[Tensor, tuple]:
-        now = entropy(logits().float().log_softmax(-1))
+    def measure(self, carry: tuple, s: Tensor, read_out: Callable) -> tuple[Tensor, tuple]:
+        now = entropy(read_out().float().log_softmax(-1))
         return (now - carry[0]).abs(), (now,)
 
     def reached(self, measure: Tensor) -> Tensor:
@@ -125,9 +125,9 @@ class ArgmaxExit(NamedTuple):
         no_token = s.new_full(s.shape[:2], -1, dtype=torch.long)
         return no_token, torch.zeros_like(no_token)
 
-    def measure(self, carry: tuple, s: Tensor, logits: Callable) -> tuple[Tensor, tuple]:
+    def measure(self, carry: tuple, s: Tensor, read_out: Callable) -> tuple[Tensor, tuple]:
         before, count = carry
-        now = logits().argmax(-1)
+        now = read_out().argmax(-1)
         count = (count + 1) * (now == before)
         return count, (now, count)
 
@@ -144,7 +144,7 @@ class GateExit(NamedTuple):
     def start(self, s: Tensor) -> tuple:
         return (s.new_ones(s.shape[:2], dtype=torch.float),)
 
-    def measure(self, carry: tuple, s: Tensor, logits: Callable) -> tuple[Tensor, tuple]:
+    def measure(self, carry: tuple, s: Tensor, read_out: Callable) -> tuple[Tensor, tuple]:
         going = carry[0] * torch.sigmoid(-self.gate(s).squeeze(-1).float())
         return 1 - going, (going,)
 
@@ -186,14 +186,15 @@ def make_exit(model: GPT, rule: str, threshold: float) -> ExitRule | None:
 class FrozenCache:
     """A cache for exits in one forward pass over all tokens: those that stopped keep their keys.
 
-    Each call of attention in a loop overwrites the keys and values of the loop before it, but for
-    those of tokens that have stopped (B, T): other tokens go on reading what these had last.
+    Each call of attention in a loop overwrites the keys and values of the loop before it, except
+    those of tokens that have stopped: other tokens go on reading what these had last.
     """
 
     def __init__(self):
         self.stored = []  # a list of parts (B, heads, T, channels) for each call in a loop
 
     def begin_loop(self, stopped: Tensor) -> None:
+        """Begin a loop; stopped (B, T) is True for tokens that have stopped before it."""
         self.stopped = stopped[:, None, :, None]
         self.call = 0
 
@@ -220,11 +221,11 @@ def exit_logits(
 
     Tokens stop by the rule (None: never), from min_loops on, as they do in decoding one by one,
     where deeper loops of later tokens read a stopped token's deepest keys and values: the same
-    numbers, in n loops over all tokens at once. With rules that read logits in a model with blocks
-    behind the loop it is close to that and not equal: these blocks see earlier tokens as they are
-    after as many loops, in decoding as they are in the end.
+    numbers, in n loops over all tokens at once. Rules that read logits are approximate here if
+    blocks follow the loop: these blocks see the states of earlier tokens after the same number of
+    loops, while in decoding they see their final states.
     """
-    before, (loop, n, _), after = model.split(n_loop, group)
+    before, (loop, n, _), after = model.around_group(n_loop, group)
     x, ctx = model.embed(idx)
     T = idx.size(1)
     for stage in before:

@@ -141,17 +141,10 @@ def attention_in_float32(
     """Attend in float32; return the dtype of autocast. Arguments are those of torch's attention."""
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.float()
+    q, k, v = q.float(), k.float(), v.float()
+    attend = F.scaled_dot_product_attention
     with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(
-            q.float(),
-            k.float(),
-            v.float(),
-            mask,
-            dropout,
-            causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
+        y = attend(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
     return y.to(torch.get_autocast_dtype("cpu"))
 
 

@@ -220,7 +220,7 @@ def residual_stream(model: GPT, idx: Tensor, chosen: list[int]) -> Arrays:
 def pass_names(config: GPTConfig) -> list[str]:
     """Return a name for each pass of a forward pass: block, or where looped block/loop, from 1."""
     counts, names = iter(config.counts()), []
-    for blocks, looped in config.stages:
+    for blocks, looped in config.layout:
         if not looped:
             names += [str(block) for block in blocks]
             continue
@@ -255,7 +255,7 @@ def rules_of(model: GPT) -> list[str]:
 @torch.no_grad()
 def first_state(model: GPT, idx: Tensor, group: int, n: int) -> Tensor:
     """Return the state (B, T, C) before the first of n loops of a group."""
-    before, (loop, n, _), _ = model.split(counts_with(model, group, n), group)
+    before, (loop, n, _), _ = model.around_group(counts_with(model, group, n), group)
     x, ctx = model.embed(idx)
     for stage in before:
         x = stage(x, ctx)

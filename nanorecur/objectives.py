@@ -67,7 +67,7 @@ class Objective(nn.Module):
         total = model.flops_per_token(n_loop) + 3 * heads
         passes = EXIT_PASSES[self.name]
         if passes:
-            _, (loop, n, _), after = model.split(n_loop)
+            _, (loop, n, _), after = model.around_group(n_loop)
             read_out = flops(loop.exit) + flops(model.lm_head)
             for other, times, _ in after:
                 one_loop = sum(map(flops, (other.inject, *other.blocks)))

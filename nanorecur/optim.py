@@ -2,7 +2,8 @@
 What happens between the gradient of a step and the next step: optimizers, weights in two number
 types, the guard against bad gradients, spectral clipping, the moving average.
 
-Each is an object that does nothing where its option is off, so that a training loop calls them all.
+A training loop calls all of them: where an option is off, its object does nothing; only the guard
+always refuses NaN and Inf.
 """
 
 import copy
@@ -22,7 +23,7 @@ from nanorecur import checkpoint
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the trainable parameters as matrices, embeddings (and the head) and vectors.
 
-    Matrices are those of Linear layers with more than one row, vectors all that is left.
+    Matrices are all others of two or more dimensions, but for those of a single row (an exit gate).
     """
     embeddings = set()
     for module in model.modules():
@@ -85,10 +86,10 @@ class Optimizers:
             checkpoint.restore(optimizer, states[name])
 
 
-class ComputedWeights:
-    """The weights that compute: the model's own, or with param_dtype=bfloat16 a copy in bfloat16.
+class ComputeCopy:
+    """The objective to call in training: the model's own, or with bfloat16 weights a copy of it.
 
-    Of a copy the gradients are added up in the model, which keeps its weights in float32.
+    The gradients of a copy are added up in the model, which keeps its weights in float32.
     """
 
     def __init__(self, objective: nn.Module, param_dtype: str):
@@ -100,7 +101,7 @@ class ComputedWeights:
             for p in self.objective.parameters():
                 p.data = p.data.bfloat16()
 
-    def collect(self) -> None:
+    def collect_gradients(self) -> None:
         """Move the copy's gradients to the model, added to those that are there, in float32."""
         if not self.is_copy:
             return
@@ -115,7 +116,7 @@ class ComputedWeights:
             computed.grad = None
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def copy_weights(self) -> None:
         """Copy the model's weights to the copy, rounded."""
         if self.is_copy:
             copies = list(self.objective.parameters())

@@ -25,7 +25,7 @@ def make_objective(config: dict) -> Objective:
     options = ("loss_chunk", "loss_weighting", "entropy_weight", "distill_weight", "ahead_weight")
     objective = Objective(model, config["objective"], *(config[name] for name in options))
     select_trained(model, config["objective"])
-    return objective.train()
+    return objective
 
 
 class TrainingStep:
@@ -55,7 +55,7 @@ class TrainingStep:
         self.optimizers = optim.Optimizers(self.model, config)
         clip = [config[f"spectral_clip_{name}"] for name in ("beta", "interval", "all")]
         self.clip_spectra = optim.SpectralClip(self.model, *clip)
-        self.computed = optim.ComputedWeights(self.objective, config["param_dtype"])
+        self.computed = optim.ComputeCopy(self.objective, config["param_dtype"])
         if compiled:
             for block in {*self.model.transformer.h, *self.computed.objective.model.transformer.h}:
                 block.compile()
@@ -80,12 +80,12 @@ class TrainingStep:
                 loss, _ = self.computed.objective(x, y, n_loop)
             share = loss / n_targets
             share.backward(1 + 0 * share.detach())
-            self.computed.collect()
+            self.computed.collect_gradients()
         norm = optim.clip_gradient(self.model, self.config["grad_clip"])
         if self.fake or self.guard.accepts(norm.item()):
             self.optimizers.step(rate_share)
             self.clip_spectra(iter_num)
-            self.computed.publish()
+            self.computed.copy_weights()
             self.average.update()
         self.optimizers.zero_grad()
 

@@ -28,6 +28,12 @@ from model import GPT, GPTConfig
 from nanorecur.dataset import load_meta, open_split, write_dataset, write_task
 from nanorecur.exit_rules import exit_evaluation, make_exit
 
+
+def slow(*values):
+    """Return a case of pytest.mark.parametrize that only pytest -m slow runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # -----------------------------------------------------------------------------
 # models
 
@@ -140,7 +146,7 @@ def evaluated(corpus, name="val", count=12):
 class Run:
     """A script run inside this process as from the command line: exit code and what it printed."""
 
-    def __init__(self, script, *arguments, cwd=ROOT):
+    def __init__(self, script, *arguments, cwd=None):
         self.code = 0
         out, err = io.StringIO(), io.StringIO()
         argv, folder = sys.argv, os.getcwd()

@@ -81,6 +81,7 @@ PICTURES = """curves sweep states trajectories residual exits pareto attention d
     map_0_1 map_1_1""".split()
 
 
+@pytest.mark.slow
 def test_the_page_holds_all_pictures_and_needs_nothing_else(page):
     folder, text = page
     images = [attributes for tag, attributes in Parsed(text).tags if tag == "img"]
@@ -96,6 +97,7 @@ def test_the_page_holds_all_pictures_and_needs_nothing_else(page):
     assert not list(folder.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_the_page_says_what_it_shows(page):
     _, text = page
     assert "A <b>" not in text and html.escape("<b>", quote=False) in text  # the prompt is text
@@ -116,6 +118,7 @@ def stored(folder, name):
     return data
 
 
+@pytest.mark.slow
 def test_the_sweep_is_trains_evaluation(page, trained, corpus):
     folder, _ = page
     again = ["--init_from=resume", "--eval_only", "--eval_loops=1,4,8"]
@@ -134,6 +137,7 @@ def test_the_sweep_is_trains_evaluation(page, trained, corpus):
     assert pareto["gate loss"][0] == pytest.approx(by_loops[4]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_lens_is_the_models_prediction(page, trained):
     folder, _ = page
     with open(folder / "lens.csv", newline="", encoding="utf-8") as file:
@@ -166,6 +170,7 @@ def decoded_loops(model, ids, rule, n):
     return loops
 
 
+@pytest.mark.slow
 def test_a_rule_and_its_threshold_go_unchanged_to_sample(exported, tmp_path, monkeypatch):
     """The page's loops are those of decoding, and its command gives sample.py the same rule."""
     asked = []
@@ -196,6 +201,7 @@ def test_a_rule_and_its_threshold_go_unchanged_to_sample(exported, tmp_path, mon
     assert 1 < float(re.search(r"loops used (\S+) of 8", run.err)[1]) < 8
 
 
+@pytest.mark.slow
 def test_threshold_zero_never_stops(exported, tmp_path):
     options = ["--automatic_loop_exit_threshold=0", "--n_loop=3", "--start=def loop"]
     run = Run("analyze.py", f"--out_dir={exported}", f"--to={tmp_path}", *options)
@@ -213,6 +219,7 @@ def drawn_line(figure, panel=0, line=0):
     return figure.axes[panel].lines[line].get_xydata()
 
 
+@pytest.mark.slow
 def test_curves_sweep_and_states_are_drawn_as_stored(page):
     folder, _ = page
     curves = stored(folder, "curves")
@@ -234,6 +241,7 @@ def test_curves_sweep_and_states_are_drawn_as_stored(page):
     np.testing.assert_array_equal(change, states["looped"]["change"][0])
 
 
+@pytest.mark.slow
 def test_exits_are_drawn_as_stored_in_the_rules_units(page):
     folder, _ = page
     exits = stored(folder, "exits")
@@ -257,6 +265,7 @@ def test_exits_are_drawn_as_stored_in_the_rules_units(page):
     assert low < pareto["fixed loss"][-1] < high
 
 
+@pytest.mark.slow
 def test_attention_paths_and_spectra_are_drawn_as_stored(page):
     folder, _ = page
     attention = stored(folder, "attention")
@@ -383,6 +392,7 @@ f.onload = () => {{
 </script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_in_a_browser(page, width):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, slow
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -331,7 +331,7 @@ def test_an_option_of_two_files_is_listed_once_with_the_scripts_own_default(scri
     assert "--count=7" in text and "--rate=1.5" in text and "--later" not in text
 
 
-@pytest.mark.parametrize("path", ["train.py", "sample.py", "bench.py"])
+@pytest.mark.parametrize("path", ["train.py", slow("sample.py"), slow("bench.py")])
 def test_scripts_describe_themselves(path):
     command = [sys.executable, ROOT / path, "-h"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)

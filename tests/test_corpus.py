@@ -11,8 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiktoken
-from conftest import ROOT, TRAIN, Run
-from test_train import NOISY, assert_same, losses, torchrun
+from conftest import NOISY, ROOT, TRAIN, Run, assert_same, losses, torchrun
 
 from nanorecur import checkpoint
 from nanorecur import corpus as corpus_module

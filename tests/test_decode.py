@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import ROPE, build, few_ids, halfway_rule, tokens
+from conftest import ROPE, build, few_ids, halfway_rule, slow, tokens
 from torch.testing import assert_close
 
-from decode import SLOTS, Cache, Decoder, Pass, Sampling, generate, one_loop
+from decode import SLOTS, Cache, CacheView, Decoder, Sampling, generate, one_loop
 from model import TABLES, Context
 from nanorecur.exit_rules import EXITS, StateExit, make_exit
 
@@ -78,8 +78,11 @@ def plain_greedy(model, idx, count, slide=4, **options):
     return idx
 
 
-@pytest.mark.parametrize("slide", [1, 4, 15])
-@pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
+SLIDES = [(kind, 4) for kind in FEW_KINDS] + [({}, 1), ({}, 15)]
+SLIDES += [slow(kind, slide) for kind in FEW_KINDS[1:] for slide in (1, 15)]
+
+
+@pytest.mark.parametrize("kind, slide", SLIDES, ids=str)
 def test_greedy_decoding_is_the_plain_forward_pass_beyond_the_window_too(kind, slide):
     model, prompt = unlike(**kind), few_ids(2, 5)
     got, stats = greedy(model, prompt, 24, slide=slide)
@@ -133,8 +136,10 @@ def assert_rows_are_as_alone(model, idx, count, **options):
     return stats["loops_used"]
 
 
-CASES = [(kind, mode) for kind in FEW_KINDS[:5] for mode in MODES]
-CASES += [(FEW_KINDS[5], "plain"), (FEW_KINDS[5], "penalty")]  # nothing is looped
+MORE_MODES = [mode for mode in MODES if mode != "plain"]
+CASES = [(kind, "plain") for kind in FEW_KINDS] + [({}, mode) for mode in MORE_MODES]
+CASES += [slow(kind, mode) for kind in FEW_KINDS[1:5] for mode in MORE_MODES]
+CASES += [slow(FEW_KINDS[5], "penalty")]  # the others need a loop
 
 
 @pytest.mark.parametrize("kind, mode", CASES, ids=str)
@@ -143,7 +148,10 @@ def test_rows_of_a_batch_are_as_alone(kind, mode):
     assert_rows_are_as_alone(unlike(**kind), few_ids(4, 12), 16, **MODES[mode])
 
 
-@pytest.mark.parametrize("kind", FEW_KINDS[:5], ids=str)
+EXITING = [{}, MLA, *(slow(kind) for kind in FEW_KINDS[:5] if kind not in ({}, MLA))]
+
+
+@pytest.mark.parametrize("kind", EXITING, ids=str)
 def test_rows_of_a_batch_that_exit_are_as_alone(kind):
     model, idx = unlike(**kind), few_ids(4, 12)
     rule = halfway_rule(model, idx)
@@ -151,7 +159,7 @@ def test_rows_of_a_batch_that_exit_are_as_alone(kind):
     assert len(used.unique()) > 1
 
 
-@pytest.mark.parametrize("kind", FEW_KINDS[:5], ids=str)
+@pytest.mark.parametrize("kind", EXITING, ids=str)
 def test_rows_of_a_batch_that_exit_by_the_gate_on_the_mean_state_are_as_alone(kind):
     model, idx = unlike(exit_gate="mean_state", **kind), few_ids(4, 12)
     rule = halfway_rule(model, idx, "gate")
@@ -253,8 +261,12 @@ def test_bytes_of_each_policy(slots, kind, stored):
 # exit
 
 
-@pytest.mark.parametrize("slots", SLOTS)
-@pytest.mark.parametrize("rule", EXITS)
+SHARED_SLOTS = [slots for slots in SLOTS if slots != "full"]
+NEVER = [(rule, "full") for rule in EXITS] + [("state", slots) for slots in SHARED_SLOTS]
+NEVER += [slow(rule, slots) for rule in EXITS if rule != "state" for slots in SHARED_SLOTS]
+
+
+@pytest.mark.parametrize("rule, slots", NEVER)
 def test_rules_that_never_stop_are_the_full_depth(rule, slots):
     """Threshold 0, which is no rule; and rules that are asked and never say yes."""
     model, idx = unlike(exit_gate="state"), few_ids(3, 5)
@@ -285,13 +297,13 @@ def test_of_a_stopped_token_deeper_loops_read_its_deepest_keys_and_values(
     cache = Cache(model, 1, 4, slots=slots, n_slot=n_slot)
     decoder = Decoder(model, cache, 4, StateExit(1e9), min_loops=2)
     decoder.prefill(idx[:, :4], rows, torch.tensor([4]))
-    wrote, extend = [], Pass.extend
+    wrote, extend = [], CacheView.extend
 
     def record(cache_pass, *new):
         wrote.append([part[0, :, 0] for part in new])
         return extend(cache_pass, *new)
 
-    monkeypatch.setattr(Pass, "extend", record)
+    monkeypatch.setattr(CacheView, "extend", record)
     _, used = decoder.step(idx[:, 4:], rows)
     assert used == 2
     assert len(wrote) == 1 + 2 * 2 + 1  # prelude, two blocks in two loops, coda
@@ -337,8 +349,13 @@ def test_a_gate_on_the_mean_state_has_to_fit_into_the_window():
 # speculation
 
 
-@pytest.mark.parametrize("draft_tokens, draft_loops", [(1, 1), (3, 1), (4, 2), (6, 4), (3, 0)])
-@pytest.mark.parametrize("kind", [*FEW_KINDS[:5], GROUPS], ids=str)
+DRAFTS = [(1, 1), (3, 1), (4, 2), (6, 4), (3, 0)]  # tokens, loops; no loops: by further heads
+DRAFTED = [({}, *drafts) for drafts in DRAFTS]
+DRAFTED += [(kind, 3, 1) for kind in (*FEW_KINDS[1:5], GROUPS)]
+DRAFTED += [slow(kind, *d) for kind in (*FEW_KINDS[1:5], GROUPS) for d in DRAFTS if d != (3, 1)]
+
+
+@pytest.mark.parametrize("kind, draft_tokens, draft_loops", DRAFTED, ids=str)
 def test_speculation_is_plain_greedy_decoding(kind, draft_tokens, draft_loops):
     """In a batch of different lengths and acceptance, to beyond the window."""
     model, idx = unlike(n_ahead=4, **kind), few_ids(4, 12)
@@ -528,7 +545,6 @@ def test_one_compilation_serves_every_loop_count_and_slot():
 
 
 def test_a_static_cache_decodes_the_same_without_compilation(monkeypatch):
-    """Attention reads all cells of a static cache, those behind each row's tokens masked."""
     monkeypatch.setattr("decode.compiled_loop", lambda: one_loop)
     model, idx = unlike(), few_ids(4, 12)
     drafts = dict(draft_tokens=3, draft_loops=1)
@@ -536,6 +552,23 @@ def test_a_static_cache_decodes_the_same_without_compilation(monkeypatch):
         eager, _ = greedy(model, idx, 20, lengths=RAGGED, **options)
         static, _ = greedy(model, idx, 20, lengths=RAGGED, static=True, **options)
         assert torch.equal(eager, static)
+
+
+def test_with_a_static_cache_every_token_reads_equally_many_cells(monkeypatch):
+    monkeypatch.setattr("decode.compiled_loop", lambda: one_loop)
+    n_cells, extend = set(), CacheView.extend
+
+    def record(cache_pass, *new):
+        stored = extend(cache_pass, *new)
+        if new[0].size(2) == 1:  # a token behind the prompt
+            n_cells.add(stored[0].size(2))
+        return stored
+
+    monkeypatch.setattr(CacheView, "extend", record)
+    greedy(build(), few_ids(2, 5), 6, static=True)
+    assert n_cells == {16}
+    greedy(build(), few_ids(2, 5), 6)
+    assert len(n_cells) > 1
 
 
 # -----------------------------------------------------------------------------

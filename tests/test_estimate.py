@@ -29,7 +29,7 @@ KNOBS |= read_knobs(ROOT / "model.py", "GPTConfig")
 def options(**given):
     """Return all options of train.py, bench.py and GPTConfig, of a tiny model unless given."""
     defaults = {name: knob.value for name, knob in KNOBS.items()}
-    return {**defaults, **TINY, "n_layer": 2, "batch_size": 2, **given}
+    return {**defaults, **TINY, "n_layer": 1, "batch_size": 2, **given}
 
 
 def peak_of_loops(n, **given):
@@ -61,16 +61,32 @@ def test_memory_grows_by_all_that_a_loop_makes_else_and_cheap_saves_some_of_it()
 
 
 PLANNED = {
-    "plain": dict(n_layer=1, optimizer="muon", ema_decay=0.9, n_ahead=3),
+    "plain": dict(optimizer="muon", ema_decay=0.9, n_ahead=3),
     "truncated": dict(**LOOP, bptt_k=2, state_init="noise", dropout=0.1),
     "block": dict(
         **LOOP, recompute="block", position="rope", mlp="swiglu", n_kv_head=2, document_separator=3
     ),
     "loop": dict(**LOOP, recompute="loop", loss_chunk=8, spectral_clip_beta=1.0),
-    "bfloat16": dict(n_layer=1, param_dtype="bfloat16", predict_ahead=True),
+    "bfloat16": dict(param_dtype="bfloat16", predict_ahead=True),
     "exit": dict(**LOOP, objective="exit", exit_gate="state"),
     "gate": dict(**LOOP, objective="exit_gate", exit_gate="state"),
 }
+
+
+def test_parts_add_up_to_the_peak_of_two_steps_on_real_tensors():
+    config = options(optimizer="muon")
+    with estimate.LiveBytes() as counted:
+        step = TrainingStep(config, CPU, torch.float32, micro_steps=2)
+        step()
+        step()
+    parts = estimate.memory(config, None, torch.float32)
+    assert sum(parts.values()) == counted.peak
+
+
+def test_only_what_an_objective_trains_has_gradients():
+    config = options(n_block=1, n_loop=2, objective="exit_gate", exit_gate="state")
+    gate = config["n_embd"] + 1
+    assert estimate.memory(config, None, torch.float32)["gradients"] == 4 * gate
 
 
 SLOW = ("block", "loop", "exit", "gate")
@@ -144,7 +160,7 @@ def number_types(monkeypatch, on_gpu, recompute):
                 types[name].add(args[0].dtype)
             return super().__torch_dispatch__(func, kinds, args, kwargs)
 
-    config = options(n_layer=1, recompute=recompute, dropout=0.1 if on_gpu else 0.0)
+    config = options(recompute=recompute, dropout=0.1 if on_gpu else 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(estimate, "LiveBytes", Types)
         estimate.memory(config, None, torch.bfloat16, on_gpu)
@@ -171,6 +187,12 @@ def test_processes_with_a_model_each_need_buckets_but_no_second_gradient():
     assert estimate.memory(eight, None, torch.float32) == alone | buckets
 
 
+def test_gradients_in_bfloat16_have_buckets_of_half_the_bytes_in_every_micro_step():
+    given = dict(param_dtype="bfloat16", n_gpus=2, gradient_accumulation_steps=4)
+    parts = estimate.memory(options(**given), None, torch.float32)
+    assert parts["all-reduce"] == parts["gradients"] / 2
+
+
 @pytest.mark.parametrize("micro_steps", [1, 2])
 def test_processes_that_share_a_model_hold_a_part_of_what_lasts(micro_steps):
     """Gradients are whole as long as those of several micro-steps are added up."""
@@ -179,9 +201,9 @@ def test_processes_that_share_a_model_hold_a_part_of_what_lasts(micro_steps):
     parts = estimate.memory(options(n_gpus=8, shard=True, **accumulated), None, torch.float32)
     assert parts["weights"] == one["weights"] / 8 and parts["optimizer"] == one["optimizer"] / 8
     assert parts["gradients"] == one["gradients"] / (8 if micro_steps == 1 else 1)
-    model = build(n_layer=2)
+    model = build(n_layer=1)
     block = sum(p.nbytes for p in model.transformer.h[0].parameters())
-    rest = sum(p.nbytes for p in model.parameters()) - 2 * block
+    rest = sum(p.nbytes for p in model.parameters()) - block
     assert parts["gathered"] == 2 * (rest + 2 * block) and "all-reduce" not in parts
 
 
@@ -238,6 +260,9 @@ def test_time_is_that_of_the_flops_and_of_what_no_backward_pass_hides():
     assert sent / 450e9 < 2 / 3 * one and took["link"] == 0
     slow = estimate.seconds(config | {"link_gbps": 1e-3}, objective, gpu, 1e12)
     assert slow["link"] == pytest.approx(sent / 1e6 - 2 / 3 * one)
+    bfloat16 = config | {"link_gbps": 1e-3, "param_dtype": "bfloat16"}  # in both micro-steps
+    slow = estimate.seconds(bfloat16, objective, gpu, 1e12)
+    assert slow["link"] == pytest.approx(2 * (sent / 2 / 1e6 - 2 / 3 * one))
 
 
 def test_time_of_a_divided_model_is_that_of_its_traffic():
@@ -251,13 +276,20 @@ def test_time_of_a_divided_model_is_that_of_its_traffic():
 
 
 def test_time_of_sampled_depth_is_the_mean_over_draws():
-    config = options(**LOOP, loop_sampling="uniform", seed=3, gradient_accumulation_steps=1)
+    """FLOPs, also those computed again, and the traffic of a divided model are means."""
+    config = options(**LOOP, loop_sampling="uniform", seed=3, recompute="block", shard=True)
+    config |= dict(n_gpus=2, gradient_accumulation_steps=2, link_gbps=1e-3)
     objective, gpu = make_objective(config), data_sheet("H100")
-    shares = estimate.depths_of(config, objective.model)
+    model, flops, numbers = objective.model, 0, 0
+    shares = estimate.depths_of(config, model)
     assert set(shares) == {(n,) for n in range(1, 6)} and sum(shares.values()) == pytest.approx(1)
-    flops = sum(share * objective.flops_per_token(depth) for depth, share in shares.items())
-    took = estimate.seconds(config, objective, gpu, 1e12)
-    assert took["arithmetic"] == pytest.approx(flops * 32 / (1e12 * config["efficiency"]))
+    for depth, share in shares.items():
+        flops += share * objective.flops_per_token(depth)
+        flops += share * estimate.recomputed_flops(model, "block", depth)
+        numbers += share * sum(estimate.traffic(model, depth))
+    took = estimate.seconds(config, objective, gpu, 1e15)
+    assert took["arithmetic"] == pytest.approx(flops * 32 / (1e15 * config["efficiency"]))
+    assert took["link"] == pytest.approx(0.5 * 4 * numbers / 1e6 - took["arithmetic"])
 
 
 def test_the_link_is_the_data_sheets_in_a_node_and_the_network_beyond():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, evaluated, log, split_of, train
+from conftest import build, evaluated, log, slow, split_of, train
 from torch.testing import assert_close
 
 import pretrained
@@ -162,7 +162,10 @@ def test_each_shift_is_evaluated(corpus, tmp_path):
         assert row["loss"] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("rule, threshold", [("state", 0.0), ("state", 0.5), ("gate", 0.6)])
+EXITS = [slow("state", 0.0), slow("state", 0.5), ("gate", 0.6)]
+
+
+@pytest.mark.parametrize("rule, threshold", EXITS)
 def test_evaluation_with_exit(corpus, tmp_path, rule, threshold):
     """Threshold 0 is the evaluation without; else it is exit_evaluation over the same windows."""
     exits = ("--automatic_loop_exit", f"--exit_rule={rule}")
@@ -303,6 +306,7 @@ def test_a_run_that_does_not_use_its_state_is_warned_of(corpus, tmp_path):
     assert "warning: the state is not used" in run.out
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_well_is_not_warned_of(corpus, tmp_path):
     longer = ("--max_iters=80", "--eval_interval=80", "--lr_decay_iters=80")
     run = train(corpus, tmp_path / "out", *STATES, *longer, "--learning_rate=3e-3", "--bias=False")

@@ -60,7 +60,7 @@ def test_the_distribution_of_exits_is_stopping_now_and_not_before():
 
 def loops_by_formula(model, rule, threshold, idx, n, least):
     """Return after how many of n loops each of idx (B, 1) stops, at least `least`."""
-    before, (loop, _, _), _ = model.split()
+    before, (loop, _, _), _ = model.around_group()
     x, ctx = model.embed(idx)
     for stage in before:
         x = stage(x, ctx)

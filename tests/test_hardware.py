@@ -86,13 +86,13 @@ def test_the_data_sheet_of_this_cpu_is_measured():
 
 
 def test_the_measured_peak_is_the_pace_of_a_matrix_product():
-    """Within a factor of 10, as other work on the machine may come between."""
+    """Within a factor of 4, as other work on the machine may come between."""
     a, seconds = torch.ones(1024, 1024), []
     for _ in range(5):
         start = time.perf_counter()
         a @ a
         seconds.append(time.perf_counter() - start)
-    assert 0.1 < peak_flops(CPU, torch.float32) * min(seconds) / (2 * 1024**3) < 10
+    assert 0.25 < peak_flops(CPU, torch.float32) * min(seconds) / (2 * 1024**3) < 4
 
 
 def test_the_measured_peak_leaves_random_numbers_alone():
@@ -104,6 +104,12 @@ def test_the_measured_peak_leaves_random_numbers_alone():
     assert torch.equal(torch.rand(3), first)
 
 
+def test_peak_memory_is_in_bytes_and_at_least_what_this_process_holds():
+    held = torch.ones(2**26)
+    assert held.nbytes < peak_memory(CPU) < 100 * 2**30
+
+
+@pytest.mark.slow
 def test_peak_memory_is_of_what_this_process_held_at_most():
     before = peak_memory(CPU)
     held = torch.ones(before // 4 + 2**26)  # 4 bytes each: more than the peak so far

@@ -62,7 +62,7 @@ def test_prelude_block_coda_and_loop_groups_are_two_spellings_of_one_model():
     by_groups = build(n_layer=4, n_loop=3, max_loops=8, loop_groups=[[1, 2]])
     by_groups.load_state_dict(by_parts.state_dict())
     stages = (((0,), False), ((1, 2), True), ((3,), False))
-    assert by_parts.config.stages == by_groups.config.stages == stages
+    assert by_parts.config.layout == by_groups.config.layout == stages
     assert torch.equal(by_parts(idx, idx)[0], by_groups(idx, idx)[0])
 
 
@@ -90,7 +90,7 @@ def test_parameters_do_not_depend_on_the_number_of_loops():
 @pytest.mark.parametrize("n", [1, 2, 9, 20])
 @pytest.mark.parametrize("injection", ["passthrough", "add", "inject", "residual"])
 def test_group_is_the_equation(injection, n):
-    """s = norm(after(blocks(inject(s, e) + index))) for n loops, whatever the model's own n."""
+    """s = norm(blocks(inject(s, e) + index)), with residual norm(blocks(..) + 0.3 e), at any n."""
     options = dict(input_injection=injection, residual_share=0.3, loop_embedding="learned")
     model, idx = build(**options, spread=0.1), tokens()
     h, loop = model.transformer.h, model.transformer.loops[0]

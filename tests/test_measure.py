@@ -155,7 +155,7 @@ def test_the_residual_stream_ends_in_the_models_prediction(model, monkeypatch):
     idx = tokens(1)
     stream = measure.residual_stream(model, idx, [0, 4])["points"]
     assert len(stream) == model.config.n_effective + 1
-    _, last_is_looped = model.config.stages[-1]
+    _, last_is_looped = model.config.layout[-1]
     if not model.config.predict_ahead and not last_is_looped:
         logits = model.logits(model.transformer.ln_f(stream[-1][None]))
         assert_close(logits, model(idx, idx)[0][:, [0, 4]])

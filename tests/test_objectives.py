@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LOOPED, build, log, logged, tokens, train
+from conftest import LOOPED, build, log, logged, slow, tokens, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -321,9 +321,9 @@ LAYOUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]  # rows of a micro-step, micro-steps
 TRAINED = [
     "--predict_ahead --max_shift=5 --loops_per_row --loop_sampling=poisson --bptt_k=2",
     "--n_ahead=3 --loss_chunk=7",
-    "--exit_gate=state --objective=exit --loop_sampling=uniform",
-    "--exit_gate=mean_state --objective=confidence",
-    "--objective=distill --weight_decay_all",
+    slow("--exit_gate=state --objective=exit --loop_sampling=uniform"),
+    slow("--exit_gate=mean_state --objective=confidence"),
+    slow("--objective=distill --weight_decay_all"),
 ]
 
 

@@ -241,20 +241,20 @@ def test_clip_gradient_returns_the_norm_and_scales_a_longer_gradient_to_its_boun
 
 def test_in_float32_the_model_itself_computes():
     objective = Objective(build())
-    computed = optim.ComputedWeights(objective, "float32")
+    computed = optim.ComputeCopy(objective, "float32")
     assert computed.objective is objective
     assert not computed.is_copy
     set_gradients(objective, 0)
     before = [p.grad.clone() for p in objective.parameters()]
-    computed.collect()
-    computed.publish()
+    computed.collect_gradients()
+    computed.copy_weights()
     for p, gradient in zip(objective.parameters(), before):
         assert torch.equal(p.grad, gradient)
 
 
 def test_a_copy_in_bfloat16_computes_and_float32_collects_its_gradients():
     objective = Objective(build(spread=0.1))
-    computed = optim.ComputedWeights(objective, "bfloat16")
+    computed = optim.ComputeCopy(objective, "bfloat16")
     want = {}
     for seed in (1, 2):  # two micro-steps
         idx = tokens(seed=seed)
@@ -263,7 +263,7 @@ def test_a_copy_in_bfloat16_computes_and_float32_collects_its_gradients():
         for name, p in computed.objective.named_parameters():
             assert p.dtype == torch.bfloat16
             want[name] = want.get(name, 0) + p.grad.float()
-        computed.collect()
+        computed.collect_gradients()
         for p in computed.objective.parameters():
             assert p.grad is None
     for name, p in objective.named_parameters():
@@ -273,19 +273,20 @@ def test_a_copy_in_bfloat16_computes_and_float32_collects_its_gradients():
 
 def test_the_copy_follows_float32_weights_that_remember_steps_too_small_for_bfloat16():
     objective = Objective(build(spread=0.1))
-    computed = optim.ComputedWeights(objective, "bfloat16")
+    computed = optim.ComputeCopy(objective, "bfloat16")
     p = objective.model.transformer.h[0].mlp.c_fc.weight
     copied = computed.objective.model.transformer.h[0].mlp.c_fc.weight
     before = copied.clone()
     for _ in range(100):
         with torch.no_grad():
             p.mul_(1 + 1e-4)
-        computed.publish()
+        computed.copy_weights()
         assert torch.equal(copied, p.bfloat16())
     assert_close(copied.float(), before.float() * 1.01, rtol=0.01, atol=0)
     assert not torch.equal(copied, before)
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_saves_float32_and_loses_little(corpus, tmp_path):
     options = ("--max_iters=30", "--lr_decay_iters=30", "--eval_interval=30")
     options += ("--learning_rate=3e-3",)

@@ -35,6 +35,7 @@ def test_a_number_below_its_range_is_refused_and_its_least_value_taken(name):
     least, _ = RANGES[name]
     check(**{name: least})
     assert_named(name, least - 1)
+    assert_named(name, -1)
     assert_named(name, math.nan)
 
 

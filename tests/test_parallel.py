@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, assert_refused, assert_same, log, logged, losses, torchrun, train
+from conftest import (
+    ROOT,
+    TRAIN,
+    assert_refused,
+    assert_same,
+    log,
+    logged,
+    losses,
+    slow,
+    torchrun,
+    train,
+)
 from forked import end, start_two, tail
 
 from nanorecur import checkpoint
@@ -87,13 +98,16 @@ def two_processes(corpus, out_dir, *arguments):
     assert end(start_two(printed, *call)) == [0, 0], tail(printed)
 
 
-@pytest.mark.parametrize("options", [SAMPLED, AHEAD, GATE], ids=["sampled", "ahead", "gate"])
+@pytest.mark.parametrize(
+    "options", [SAMPLED, slow(AHEAD), slow(GATE)], ids=["sampled", "ahead", "gate"]
+)
 def test_two_processes_are_one(corpus, tmp_path, options):
     assert train(corpus, tmp_path / "one", *options).code == 0
     two_processes(corpus, tmp_path / "two", *options)
     assert_logs_alike(tmp_path / "two", tmp_path / "one", 1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_that_two_processes_saved_goes_on_on_one(corpus, tmp_path):
     assert train(corpus, tmp_path / "one", *SAMPLED).code == 0
     two_processes(corpus, tmp_path / "two", *SAMPLED, "--max_iters=4")

@@ -1110,6 +1110,7 @@ print((peak() - before) / sum(4 * p.numel() for p in model.parameters()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loading_takes_little_more_memory_than_the_model(dtype, tmp_path):

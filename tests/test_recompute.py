@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build, losses, tokens, train
+from conftest import build, losses, slow, tokens, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanorecur.recompute import RECOMPUTE, recompute_activations
@@ -68,7 +68,7 @@ def test_gradients_are_the_same_bit_for_bit(what, options):
         assert torch.equal(got, want[name]), name
 
 
-@pytest.mark.parametrize("what", [what for what in RECOMPUTE if what != "none"])
+@pytest.mark.parametrize("what", ["cheap", slow("block"), slow("loop")])
 def test_a_run_logs_the_same_losses(plain_run, corpus, tmp_path, what):
     run = train(corpus, tmp_path / "out", f"--recompute={what}", "--eval_loops=1,2,4")
     assert run.code == 0, run.err

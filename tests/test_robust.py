@@ -31,7 +31,7 @@ ROWS = {  # name: trials
     "fuzzed": 40,
     "locked": 1,
 }
-FAST = {"killed": 1, "damaged": 2, "locked": 1, "fuzzed": 5, "hostile": 10}
+FAST = {"damaged": 2, "locked": 1, "fuzzed": 5}
 
 
 @pytest.fixture(scope="module")

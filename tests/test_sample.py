@@ -129,6 +129,16 @@ def test_a_sample_ends_before_its_stop_string_drafted_or_not(folder, tmp_path):
     assert "drafts accepted" in drafted.err
 
 
+def test_nothing_of_a_stop_string_is_printed(folder):
+    """Not even its beginning, which is held back until it is known how it goes on."""
+    run = sample(folder, *QUICK, "--num_samples=2", "--jsonl")
+    text = json.loads(run.out.splitlines()[0])["text"]
+    stop = text[10:14]
+    stopped = sample(folder, *QUICK, "--num_samples=2", f"--stop={stop}")
+    printed, _, _ = stopped.out.split("\n---------------\n")
+    assert printed == "def " + text[: text.find(stop)]
+
+
 def test_color_follows_the_loops(folder):
     exit_early = ("--automatic_loop_exit", "--automatic_loop_exit_threshold=0.3")
     options = (*QUICK, "--num_samples=2", *exit_early)

@@ -84,6 +84,7 @@ def test_a_step_on_random_tokens_is_one_on_the_same_batch_in_each_micro_step():
     step = TrainingStep(options(), CPU, torch.float32, micro_steps=2)
     other = TrainingStep(options(), CPU, torch.float32)
     (batch,) = other.random_batches
+    assert len(step.random_batches) == 2
     step()
     other(batches=[batch, batch])
     assert_same(step.model, other.model.state_dict())
@@ -99,6 +100,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert all(torch.equal(after[name].nan_to_num(), before[name].nan_to_num()) for name in before)
     assert step.guard.state["skipped"] == 1
     assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_a_loss_that_is_not_finite_is_no_step_even_if_its_gradient_is():
+    step = TrainingStep(options(), CPU, torch.float32)
+    weight = step.model.lm_head.weight
+    step.computed.objective = lambda x, y, n_loop: (weight.sum() + float("nan"), {})
+    step()
+    assert step.guard.state["skipped"] == 1
 
 
 @pytest.mark.slow

@@ -145,6 +145,11 @@ def made(folder):
     return max((entry["iter"] for entry in log(folder) if "lr" in entry), default=-1)
 
 
+def wait_for_step(folder, step, processes):
+    """Wait until a run has made a step, or one of its processes has ended."""
+    wait(lambda: made(folder) >= step, processes)
+
+
 def newest(folder):
     """Return the step of the last checkpoint, or 0."""
     return next((entry["iter_num"] for entry in checkpoint.read_manifest(folder)), 0)
@@ -260,7 +265,7 @@ def restarted(place, trials):
         with open(printed, "w") as file:
             job = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
         step = random.randrange(STEPS - 6)
-        if not wait_for_job(lambda: made(out) >= step, job):  # noqa: B023
+        if not wait_for_job(out, step, job):
             yield tail(printed)
             continue
         time.sleep(random.uniform(0, 0.05))
@@ -272,11 +277,11 @@ def restarted(place, trials):
         yield unless_ended_well([code], printed) or apart(expected, out)
 
 
-def wait_for_job(condition, job):
-    """Wait until a condition holds or a subprocess has ended; return whether it held."""
+def wait_for_job(out, step, job):
+    """Wait until a run has made a step or its subprocess has ended; return whether it has."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until and job.poll() is None:
-        if condition():
+        if made(out) >= step:
             return True
         time.sleep(0.001)
     return False
@@ -292,7 +297,7 @@ def dead(place, trials):
         out, printed = place.new()
         group = start_two(printed, *place.call(out, "--max_iters=100000", "--log_interval=1"))
         step = random.randrange(40)
-        wait(lambda: made(out) >= step, group)  # noqa: B023
+        wait_for_step(out, step, group)
         group[random.randrange(2)].kill()
         codes = end(group, 60)
         yield f"exit codes {codes}" if None in codes or 0 in codes else ""
@@ -371,7 +376,7 @@ def full(place, trials):
             codes = end([start(printed, *call, prepare=(limit_file_size, limit))])
         else:
             process = start(printed, *call, prepare=(give_up_rights,))
-            wait(lambda: made(out) > before, [process])  # noqa: B023
+            wait_for_step(out, before + 1, [process])
             out.chmod(0o555)
             codes = end([process])
             out.chmod(0o755)
@@ -421,7 +426,7 @@ def signalled(place, trials, processes=1):
         call = place.call(out, *options)
         number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[trial % 3]
         group, step = begin(printed, processes, call), random.randrange(STEPS - 2)
-        wait(lambda: made(out) >= step, group)  # noqa: B023
+        wait_for_step(out, step, group)
         time.sleep(random.uniform(0, 0.02))
         os.kill(random.choice(group).pid, number)
         seen = made(out)
@@ -462,7 +467,7 @@ def interrupted(place, trials):
         out, printed = place.new()
         end([start(printed, *place.call(out, "--max_iters=4"))])
         process = start(printed, *place.call(out, *long), "--save_interval=0")
-        wait(lambda: made(out) >= 4, [process])  # noqa: B023
+        wait_for_step(out, 4, [process])
         time.sleep(random.uniform(0, 0.3))
         process.terminate()
         begun = time.monotonic()
@@ -628,7 +633,7 @@ def locked(place, trials):
     for trial in range(trials):
         out, printed = place.new()
         first = start(printed, *place.call(out, "--max_iters=100000"))
-        wait(lambda: made(out) >= 2, [first])  # noqa: B023
+        wait_for_step(out, 2, [first])
         fresh = ["--init_from=scratch"] if trial % 2 else []
         codes = end([start(f"{printed}2", *place.call(out), *fresh)])
         alive, words = first.is_alive(), tail(f"{printed}2")
