@@ -314,7 +314,7 @@ class Inject(nn.Linear):
     def forward(self, s: Tensor, e: Tensor) -> Tensor:
         return super().forward(torch.cat((e, s), dim=-1))
 
-    def init(self):
+    def init(self) -> None:
         of_e, of_s = self.weight.chunk(2, dim=-1)  # (C, C) each
         nn.init.eye_(of_e)
         nn.init.zeros_(of_s)
@@ -698,7 +698,7 @@ class Ahead(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return x + F.silu(super().forward(x))
 
-    def init(self):
+    def init(self) -> None:
         nn.init.zeros_(self.weight)
 
 
@@ -717,7 +717,7 @@ class Diagonal(nn.Linear):
         decay = torch.exp(-dt * self.A_log.exp())
         return decay * s + dt * super().forward(e)
 
-    def init(self):
+    def init(self) -> None:
         nn.init.eye_(self.weight)  # B
         nn.init.constant_(self.dt_bias, math.log(math.expm1(math.log(5) / 2)))  # decay sqrt(1/5)
 

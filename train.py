@@ -259,7 +259,7 @@ evaluator = evaluation.Evaluation(
 
 # -----------------------------------------------------------------------------
 # what a step needs, each a pure function of the iteration
-def get_lr(it):
+def get_lr(it: int) -> float:
     """Return the share of the largest learning rate in step it."""
     if not decay_lr:
         return 1.0
@@ -272,7 +272,7 @@ def get_lr(it):
     return 1 - (1 - min_lr / learning_rate) * falls[lr_schedule]
 
 
-def get_loops(it):
+def get_loops(it: int) -> list[tuple]:
     """Return a list of loop counts, one int per group: one for step it, or one for each row."""
     share = min(1.0, (it + 1) / loop_warmup_iters) if loop_warmup_iters else 1.0
     if loop_warmup == "sqrt":
@@ -283,7 +283,7 @@ def get_loops(it):
     return [sample_loops(raw_model.config, generator, means) for _ in range(draws)]
 
 
-def get_tokens(it, micro_step):
+def get_tokens(it: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return this process's share of the global batch of step it: x, y (batch_size, block_size)."""
     number = micro_step * world_size + rank  # among the micro-steps of all processes
     if stream:
@@ -295,7 +295,7 @@ def get_tokens(it, micro_step):
     return evaluation.to_device(x, device), evaluation.to_device(y, device)
 
 
-def get_batches(it, loops):
+def get_batches(it: int, loops: list[tuple]) -> list[tuple]:
     """Return (x, y, n_loop, shift) of each micro-step of this process in step it."""
     generator = torch.Generator().manual_seed(random_key(seed, "shift", it))
     shifts = sample_shifts(raw_model.config, generator, rows_per_iter)
@@ -311,11 +311,11 @@ def get_batches(it, loops):
 
 # -----------------------------------------------------------------------------
 # logging and saving
-def in_words(means):
+def in_words(means: dict) -> str:
     return ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
 
 
-def log_evaluation(rows, details):
+def log_evaluation(rows: list[dict], details: dict) -> None:
     report = evaluator.report_states()
     lines = ["", f"step {iter_num}", evaluation.table(rows)]
     if details:
@@ -328,7 +328,7 @@ def log_evaluation(rows, details):
     log.write(entry, "\n".join(lines))
 
 
-def log_step(means, norm, loops, seconds, n_steps, flops):
+def log_step(means: dict, norm: float, loops: list, seconds: float, n_steps: int, flops: float):
     """Log this step's losses, gradient norm and mean loops, and the pace of the last n_steps."""
     seconds_per_step = seconds / n_steps
     entry = {"iter": iter_num, **means, "lr": learning_rate * get_lr(iter_num)}
@@ -344,7 +344,7 @@ def log_step(means, norm, loops, seconds, n_steps, flops):
     log.write(entry, text + f"loops {entry['loops']:.1f}, left {left}")
 
 
-def log_skip(norm):
+def log_skip(norm: float) -> None:
     """Log a step that is not made; after too many in a row, stop. The last checkpoint stays."""
     skipped, in_a_row = guard.state["skipped"], guard.state["in_a_row"]
     entry = {"iter": iter_num, "skipped": skipped, "grad_norm": norm}
@@ -356,7 +356,7 @@ def log_skip(norm):
         sys.exit(text if processes.is_first else 1)
 
 
-def save():
+def save() -> None:
     """Save the run as it is before step iter_num; all processes take part."""
     positions = processes.merge(streamed.states) if stream else {}
     state = {"model": processes.state_of(average.model)}
