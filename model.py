@@ -440,7 +440,8 @@ class GPT(nn.Module):
             return self.logits(x[:, [-1]]), None
         logits = self.logits(x)
         targets = shift_labels(targets, shift)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        flat = logits.flatten(0, 1).float()  # sums of losses need more digits than bfloat16 has
+        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
     def loops_representation(self, idx: Tensor, n_loop=None) -> list[list[Tensor]]:

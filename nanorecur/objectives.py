@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from model import GPT, Context, GPTConfig, Loop, shift_labels
@@ -88,27 +89,21 @@ class Objective(nn.Module):
         return torch.cat([recomputed(function, *chunk, use_reentrant=False) for chunk in chunks])
 
     def loss_sum(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed cross-entropy of hidden states x (B, T, C) and targets (B, T).
-
-        torch's chunked loss has its gradients ready before the backward pass, and so computes
-        nothing twice; it knows no soft cap, and torch before 2.13 does not have it.
-        """
+        """Return the summed cross-entropy of hidden states x (B, T, C) and targets (B, T)."""
         if not self.chunk:
             return self.cross_entropy(x, targets).sum()
-        if self.model.config.logit_softcap or not hasattr(nn, "LinearCrossEntropyOptions"):
-            return self.in_chunks(self.cross_entropy, x, targets).sum()
         kind, W = x.device.type, self.model.lm_head.weight
         if torch.is_autocast_enabled(kind):  # autocast does not know this loss
             dtype = torch.get_autocast_dtype(kind)
             x, W = x.to(dtype), W.to(dtype)
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=self.chunk, chunking_method=None)
-        return F.linear_cross_entropy(
-            x.flatten(0, 1), W, targets.flatten(), reduction="sum", ignore_index=-1, options=options
-        )
+        cap = self.model.config.logit_softcap
+        rows, targets = x.flatten(0, 1), targets.flatten()
+        with_gradients = torch.is_grad_enabled()
+        return ChunkedCrossEntropy.apply(rows, W, targets, cap, self.chunk, with_gradients)
 
     def cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
         """Return losses (N,) of hidden states (.., C) and targets (..), 0 where there is none."""
-        logits = self.model.logits(x).flatten(0, -2)
+        logits = self.model.logits(x).flatten(0, -2).float()
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none")
 
     def agreement(self, x: Tensor, last: Tensor) -> Tensor:
@@ -141,6 +136,49 @@ class Objective(nn.Module):
         return torch.cat([self.model.exit_gate(s) for s in states], dim=-1).float().flatten(0, 1)
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed loss of hidden states, of which only a chunk has logits at any time.
+
+    Products are in the dtype of x and W, losses and sums in float32. Gradients are made in the
+    forward pass, while a chunk's logits exist, so that nothing is computed twice (as in Liger,
+    arXiv 2410.10989, 3.2); the backward pass scales them, and can run once.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, targets, softcap: float, chunk: int, with_gradients: bool) -> Tensor:
+        """Return the sum over targets (N,), -1 ignored, of x (N, C) and the head W (V, C)."""
+        total = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x) if with_gradients else None
+        grad_W = torch.zeros_like(W, dtype=torch.float32) if with_gradients else None
+        for begin in range(0, len(x), chunk):
+            rows = slice(begin, begin + chunk)
+            logits = (x[rows] @ W.T).float()
+            if softcap:
+                logits = softcap * torch.tanh(logits / softcap)
+            y = targets[rows]
+            total += F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
+            if not with_gradients:
+                continue
+            counted = (y >= 0).unsqueeze(1)
+            grad = logits.softmax(-1) * counted
+            grad.scatter_add_(1, y.clamp(min=0).unsqueeze(1), -counted.to(grad.dtype))
+            if softcap:
+                grad *= 1 - (logits / softcap).square()
+            grad = grad.to(x.dtype)
+            grad_x[rows] = grad @ W
+            grad_W += grad.T @ x[rows]
+        ctx.gradients, ctx.head_dtype = (grad_x, grad_W), W.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_of_sum: Tensor) -> tuple:
+        (grad_x, grad_W), ctx.gradients = ctx.gradients, None
+        grad_x = grad_x.mul_(grad_of_sum)
+        grad_W = grad_W.mul_(grad_of_sum).to(ctx.head_dtype)
+        return grad_x, grad_W, None, None, None, None
+
+
 # -----------------------------------------------------------------------------
 # the objectives: (objective, idx, shifted targets, n_loop, shift) -> what forward returns
 
@@ -152,12 +190,12 @@ def next_token(objective: Objective, idx, targets, n_loop, shift):
     else:
         x = model.hidden(idx, n_loop, shift=shift)
     total = objective.loss_sum(x, targets)
-    log = {"loss": torch.stack((total.detach(), (targets >= 0).sum()))}
+    log = {"loss": sum_of(total, targets)}
     for number, head in enumerate(model.ahead, 2):
         further = shift_labels(targets, number)
         loss = objective.in_chunks(objective.cross_entropy, head(x), further).sum()
         total = total + objective.ahead_weight / len(model.ahead) * loss
-        log[f"head{number}"] = torch.stack((loss.detach(), (further >= 0).sum()))
+        log[f"head{number}"] = sum_of(loss, further)
     return total, log
 
 
@@ -226,8 +264,9 @@ def confidence(objective: Objective, idx, targets, n_loop, shift):
 
 
 def sum_of(losses: Tensor, targets: Tensor) -> Tensor:
-    """Return (sum, count) of losses (N,) that are 0 where there is no target."""
-    return torch.stack((losses.detach().sum(), (targets >= 0).sum()))
+    """Return (sum, count), float32, of losses (N,), or their sum, and targets, -1 for none."""
+    total, count = losses.detach().float().sum(), (targets >= 0).sum().float()
+    return torch.stack((total, count))
 
 
 def log_of_exits(losses: Tensor, targets: Tensor) -> dict[str, Tensor]:

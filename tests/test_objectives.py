@@ -207,6 +207,59 @@ def test_the_chunked_loss_computes_in_bfloat16_under_autocast():
     assert (plain - chunked).norm() < 0.02 * plain.norm()
 
 
+BFLOAT16 = [  # chunk, options, bfloat16 by autocast or as the weights' type
+    (0, {}, "weights"),
+    (7, {}, "autocast"),
+    (7, {}, "weights"),
+    (7, dict(logit_softcap=5.0), "autocast"),
+    (7, dict(n_ahead=3), "autocast"),
+]
+
+
+@pytest.mark.parametrize("chunk, options, by", BFLOAT16)
+def test_losses_of_bfloat16_logits_are_summed_in_float32(chunk, options, by):
+    """The logged sums and counts are those of float64 over the same logits."""
+    model, idx, targets = build(**options, spread=0.3), tokens(40, 16), tokens(40, 16, seed=2)
+    if by == "weights":
+        model.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=by == "autocast"):
+        _, parts = Objective(model, "next", chunk)(idx, targets)
+        x = model.hidden(idx)
+        logits = {"loss": model.lm_head(x)}
+        for number, head in enumerate(model.ahead, 2):
+            logits[f"head{number}"] = model.lm_head(head(x))
+    assert parts.keys() == logits.keys()
+    for ahead, (name, part) in enumerate(parts.items()):
+        assert part.dtype == torch.float32 and logits[name].dtype == torch.bfloat16
+        further = F.pad(targets[:, ahead:], (0, ahead), value=-1)
+        want = nll(model.cap(logits[name].double()), further).sum()
+        assert part[0].double() == pytest.approx(want.item(), rel=2e-6)
+        assert part[1].item() == (further >= 0).sum()
+
+
+def test_the_loss_of_bfloat16_weights_is_a_float32():
+    model, idx = build(spread=0.3).bfloat16(), tokens(40, 16)
+    logits, loss = model(idx, idx)
+    assert loss.item() == pytest.approx(nll(logits.double(), idx).mean().item(), rel=2e-6)
+
+
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+def test_the_chunked_loss_has_the_gradients_of_autograd(cap):
+    torch.manual_seed(0)
+    x = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
+    W = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(-1, 50, (23,))
+    logits = x @ W.T
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    want = 3 * nll(logits, targets).sum()
+    got = 3 * objectives.ChunkedCrossEntropy.apply(x, W, targets, cap, 5, True)
+    assert_close(got, want.float())
+    pairs = zip(torch.autograd.grad(got, [x, W]), torch.autograd.grad(want, [x, W]))
+    for gradient, expected in pairs:
+        assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
 COUNTED = [
     ("next", {}),
     ("next", dict(n_ahead=3)),
