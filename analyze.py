@@ -1,13 +1,13 @@
 """
 Pictures of a model, each with its numbers beside it, and one page that holds them all (index.html):
 
-    python analyze.py --out_dir=out-quickstart
-    python analyze.py --out_dir=out-quickstart --start="def loop(self" --n_loop=16 --maps=0,7
-    python analyze.py --compare out-mha out-mla --to=out-compared      several runs in one picture
-    python analyze.py --out_dir=gpt2 --start="The loop goes round and round" --to=out-gpt2
+    python analyze.py out-quickstart
+    python analyze.py out-quickstart --start="def loop(self" --n_loop=16 --maps=0,7
+    python analyze.py out-mha out-mla --to=out-compared            several runs in one picture
+    python analyze.py gpt2 --start="The loop goes round and round" --to=out-gpt2
 
-out_dir may be whatever sample.py opens. A picture that needs a log, a validation split or a loop is
-left out where there is none, and the page says so.
+A picture that needs a log, a validation split or a loop is left out where there is none, and the
+page says so.
 """
 
 import base64
@@ -20,6 +20,7 @@ import shlex
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,24 +32,27 @@ import pretrained
 from configurator import check_ranges, clear_errors, configure, require
 from model import GPT
 from nanorecur import checkpoint, measure
-from nanorecur.dataset import Split, Tokenizer, load_meta, make_tokenizer, open_split
+from nanorecur.dataset import Split, load_meta, open_split
 from nanorecur.exit_rules import ExitRule, make_exit
-from nanorecur.files import write_atomically
-from nanorecur.hardware import pick_device
+from nanorecur.files import runs_here, write_atomically
+from nanorecur.hardware import DTYPES, Progress, autocast, pick_device, pick_dtype
+from nanorecur.tokenizer import Tokenizer, make_tokenizer, same_tokenizer
 
 # -----------------------------------------------------------------------------
 # what is analyzed, and where the page goes
-out_dir = "out"  # folder of a run, a checkpoint file, an exported folder, gpt2, or hf:<name>
-compare = ""  # several runs in one picture, instead of out_dir: --compare out_a out_b
-to = ""  # folder to write; "": analysis, in the folder of the (first) run
+out_dir = "out"  # the folder of a run
+source = ""  # or a checkpoint file, an exported folder, gpt2, hf:<name>; the first bare argument
+compare = ""  # several of these in one picture: --compare a b, or bare arguments a b
+to = ""  # folder to write; "": analysis in the (first) run's folder, or analysis-<name> here
+# losses on validation
+windows = 0  # windows to score; 0: those that train.py evaluates, 32 where that is unknown
 dataset = ""  # prepared folder whose validation split is scored; "": the one of the training
-windows = 32  # windows of the validation split that are scored, evenly spaced
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 # the text that is run through the model for states, attention maps and predictions
 start = ""  # the text, or FILE:prompt.txt; "": the beginning of the validation split
 length = 64  # tokens of the text that is the beginning of the validation split
 repeats = 1  # how often the text stands in a row
-tokens = ()  # positions in the text to draw, such as 0,5,-1; (): six, in the residual stream all
+tokens = ()  # positions in the text to draw, such as 0,5,-1; (): six, in the residual stream 16
 # the loops
 n_loop = 0  # loops in states, early exit and predictions; 0: as many as training goes up to
 exit_rule = "kl"  # colors the text by each token's loops: state, kl, entropy, argmax, gate
@@ -59,20 +63,15 @@ spectral_clip_beta = 1.0  # bound of the singular values in the picture of clipp
 
 
 def join_compared(argv: list[str]) -> list[str]:
-    """Return the arguments with --compare a b as the one argument --compare=a,b."""
-    words = []
-    for word in argv:
-        compared = bool(words) and words[-1].partition("=")[0] == "--compare"
-        if not compared or word.startswith("--"):
-            words.append(word)
-        elif "=" in words[-1]:
-            words[-1] += f",{word}"
-        else:
-            words[-1] += f"={word}"
-    return words
+    """Return the arguments with several bare ones a b, or --compare a b, as one --compare=a,b."""
+    bare = [word for word in argv if not word.startswith("-")]
+    options = [word for word in argv if word.startswith("-") and (word != "--compare" or not bare)]
+    if len(bare) < 2:
+        return options + bare
+    return [*options, f"--compare={','.join(bare)}"]
 
 
-configure(globals(), argv=join_compared(sys.argv[1:]))
+configure(globals(), argv=join_compared(sys.argv[1:]), positional="source")
 began = time.perf_counter()
 with clear_errors():
     if importlib.util.find_spec("matplotlib") is None:
@@ -87,10 +86,12 @@ class Run(NamedTuple):
     """A model and what is known about it."""
 
     name: str
-    source: str  # as sample.py's out_dir takes it
+    source: str  # as pretrained.load takes it
     model: GPT
+    config: dict  # train.py's options; {}: unknown
     steps: int | None  # of training; None: unknown
     log: list  # entries of log.jsonl
+    sessions: list  # entries of sessions.jsonl, one for each start of the run
     previous: tuple | None  # the checkpoint before the newest: (model, steps)
     validation: Split | None
     no_validation: str  # why there is no validation split
@@ -116,8 +117,8 @@ def open_run(source: str, name: str) -> Run:
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{source}: the weights are not all finite numbers")
     known = ckpt.get("tokenizer") or pretrained.tokenizer_of(source)
-    trained_on = ckpt.get("config", {}).get("dataset", "")
-    validation, meta, no_validation = find_validation(trained_on, known, model)
+    config = ckpt.get("config", {})
+    validation, meta, no_validation = find_validation(config.get("dataset"), known, model)
     if not start and not validation:
         raise ValueError(f"{source}: {no_validation}; give --start some text to look at")
     tokenizer = find_tokenizer(source, known or meta, model)
@@ -126,8 +127,10 @@ def open_run(source: str, name: str) -> Run:
         name=name,
         source=source,
         model=model.to(device),
+        config=config,
         steps=ckpt.get("iter_num"),
-        log=read_log(Path(source, "log.jsonl")),
+        log=read_lines(Path(source, "log.jsonl"), measure.training_curves),
+        sessions=read_lines(Path(source, "sessions.jsonl"), commands_of),
         previous=read_previous(source, ckpt),
         validation=validation,
         no_validation=no_validation,
@@ -144,7 +147,7 @@ def find_tokenizer(source: str, known: dict | None, model: GPT) -> Tokenizer:
     return make_tokenizer(known or {"tokenizer": "gpt2"})
 
 
-def find_validation(trained_on: str, known: dict | None, model: GPT) -> tuple:
+def find_validation(trained_on: str | None, known: dict | None, model: GPT) -> tuple:
     """Return (split, meta, ""), or (None, None, why there is no validation split).
 
     known: the tokenizer of the checkpoint, None where it names none. ValueError for a --dataset
@@ -156,7 +159,7 @@ def find_validation(trained_on: str, known: dict | None, model: GPT) -> tuple:
     folder = Path(__file__).parent / "data" / name
     try:
         meta = load_meta(folder)
-        fits = not known or all(known.get(key) == meta.get(key) for key in ("tokenizer", "chars"))
+        fits = not known or same_tokenizer(known, meta)
         require("dataset", name, fits, "one with the tokenizer of the checkpoint")
         known_ids = min(meta["vocab_size"], model.config.vocab_size)
         return open_split(folder, "val", meta, model.block_size, known_ids), meta, ""
@@ -209,17 +212,25 @@ def read_previous(source: str, ckpt: dict) -> tuple[GPT, int] | None:
     return pretrained.build(previous).to(device), previous["iter_num"]
 
 
-def read_log(path: Path) -> list[dict]:
-    """Return the entries of log.jsonl, none where there is no such file."""
+def read_lines(path: Path, check: Callable) -> list[dict]:
+    """Return the entries of a file of JSON lines, none where there is no such file.
+
+    check: called with a list of one entry; raises where that is not one of train.py's.
+    """
     entries = []
     lines = path.read_text().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             entries.append(json.loads(line))
-            measure.training_curves(entries[-1:])
+            check(entries[-1:])
         except (ValueError, KeyError, TypeError, StopIteration):
             raise ValueError(f"{path}: line {number} is not one that train.py writes") from None
     return entries
+
+
+def commands_of(sessions: list[dict]) -> list[str]:
+    """Return the commands that started a run."""
+    return [session["command"] + "" for session in sessions]
 
 
 def looped_groups(run: Run) -> dict[str, LoopedGroup]:
@@ -254,6 +265,12 @@ def texts_of(run: Run) -> list[str]:
     return [token_text(run, token) for token in run.idx[0].tolist()]
 
 
+def spread_tokens(run: Run, most: int) -> list[int]:
+    """Return evenly spaced positions in the run's text, from the first to the last."""
+    T = run.idx.size(1)
+    return np.linspace(0, T - 1, min(most, T)).astype(int).tolist()
+
+
 def chosen_tokens(run: Run, default: list[int]) -> tuple[list[int], list[str]]:
     """Return the positions of --tokens, or the default ones, and a name for each."""
     texts = texts_of(run)
@@ -261,14 +278,80 @@ def chosen_tokens(run: Run, default: list[int]) -> tuple[list[int], list[str]]:
     return chosen, [f"{i} {texts[i]}" for i in chosen]
 
 
+# -----------------------------------------------------------------------------
+# which windows of validation are scored
+EXPORTED = {"eval_iters": 1, "batch_size": 32, "eval_stride": 0}  # settings where none are known
+
+
+def own_windows(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Return (starts, n_scored) of the windows of validation that train.py evaluates."""
+    settings = {name: run.config.get(name, value) for name, value in EXPORTED.items()}
+    return measure.evaluated_windows(run.validation, settings)
+
+
+def scored(run: Run) -> tuple[Tensor, Tensor]:
+    """Return the windows (x, y), each (N, T), of validation in which losses are measured."""
+    chosen = measure.spread_windows(run.validation, windows) if windows else own_windows(run)
+    x, y = run.validation.windows(*chosen)
+    return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+
+
+def scoring_dtype(run: Run) -> torch.dtype:
+    """Return what the run's evaluations compute in on this device; float32 where it is unknown."""
+    name = run.config.get("dtype")
+    return pick_dtype(name if name in ("auto", *DTYPES) else "float32", device)
+
+
+def text_of(run: Run) -> str:
+    """Return the name of the run's validation split: that of its folder and of its file."""
+    path = Path(run.validation.path)
+    return f"{path.parent.name}/{path.name}"
+
+
+def windows_in_words(run: Run) -> str:
+    """Return a sentence on the windows of validation in which losses are measured."""
+    n, n_own = len(scored(run)[1]), len(own_windows(run)[0])
+    text = f"{run.name}: losses are measured on {n:,} windows of {text_of(run)}"
+    if "eval_iters" not in run.config:
+        return f"{text}."
+    if run.config.get("stream"):
+        return f"{text}; train.py evaluates others, held out of its stream."
+    if dataset:
+        return f"{text}; train.py evaluates {n_own:,} of {run.config['dataset']}."
+    if n != n_own:
+        return f"{text}; train.py evaluates {n_own:,}, so that its losses differ a little."
+    return f"{text}, those that train.py evaluates."
+
+
+def find_sources() -> list[str]:
+    """Return what is analyzed. ValueError where there is no run in out_dir."""
+    if compare:
+        require("source", source, not source, "left out, or one of those in compare")
+        return list(dict.fromkeys(filter(None, compare.split(","))))
+    if source:
+        return [source]
+    if not checkpoint.exists(out_dir):
+        found = ", ".join(runs_here()) or "none"
+        raise ValueError(f"{out_dir}: no such checkpoint; runs here: {found}")
+    return [out_dir]
+
+
+def folder_to_write() -> Path:
+    """Return the folder of the page."""
+    if to:
+        return Path(to)
+    first = Path(sources[0])
+    if first.is_dir():
+        return first / "analysis"
+    return Path(f"analysis-{first.name.removeprefix('hf:')}")
+
+
 with clear_errors():
-    limits = {"windows": (1, math.inf), "length": (4, math.inf), "repeats": (1, 999)}
+    limits = {"windows": (0, math.inf), "length": (4, math.inf), "repeats": (1, 999)}
     check_ranges(globals(), limits | {"n_loop": (0, 9999)})
     require("spectral_clip_beta", spectral_clip_beta, spectral_clip_beta > 0, "positive")
     device = pick_device(device)
-    sources = list(dict.fromkeys(filter(None, compare.split(",")))) or [out_dir]
-    if not to and not Path(sources[0]).is_dir():
-        raise ValueError(f"--to needs a value, the folder to write: {sources[0]} is none")
+    sources = find_sources()
     names = [Path(source).name for source in sources]
     if len(set(names)) < len(names):
         names = sources
@@ -276,7 +359,7 @@ with clear_errors():
     groups = {}
     for run in runs:
         groups |= looped_groups(run)
-    folder = Path(to or Path(sources[0], "analysis"))
+    folder = folder_to_write()
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -364,38 +447,75 @@ def colors(share: float) -> str:
 # -----------------------------------------------------------------------------
 # sections of the page, in order
 def add_overview(page: Page, runs: list[Run]) -> None:
-    names = ["run", "parameters", "blocks", "looped blocks x loops", "passes through a block"]
-    names += ["attention", "training steps"]
-    page.table(names, [overview_row(run) for run in runs])
+    """Add a table of the runs, without the columns that say nothing, and how they were started."""
+    rows = [overview_row(run) for run in runs]
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    page.table(names, [[row[name] for name in names] for row in rows])
+    for run in runs:
+        if run.sessions:
+            command = run.sessions[-1]["command"]
+            starts = "" if len(run.sessions) == 1 else f", started {len(run.sessions)} times"
+            page.append("p", f"{run.name}{starts}: {command}", "note")
     for run in runs:
         if not run.model.config.groups:
-            pictures = "depth, states over loops, early exit, spectra and predictions"
+            pictures = "states over loops, early exit, spectra and predictions"
             page.left_out(pictures, run, "nothing in it is looped")
 
 
-def overview_row(run: Run) -> list[str]:
+def overview_row(run: Run) -> dict[str, str]:
+    """Return what is known of a run by name, "" for what is not."""
     config = run.model.config
     looped = []
     for blocks, n in zip(config.groups, config.counts()):
         looped.append(f"{', '.join(map(str, blocks))} x {n}")
-    return [
-        run.name,
-        f"{run.model.get_num_params() / 1e6:.2f}M",
-        str(config.n_physical),
-        "; ".join(looped) or "none",
-        str(config.n_effective),
-        config.attention,
-        "unknown" if run.steps is None else f"{run.steps:,}",
-    ]
+    return {
+        "run": run.name,
+        "parameters": f"{run.model.get_num_params() / 1e6:.2f}M",
+        "blocks": str(config.n_physical),
+        "looped blocks x loops": "; ".join(looped) or "none",
+        "passes through a block": str(config.n_effective),
+        "attention": config.attention,
+        "training steps": "" if run.steps is None else f"{run.steps:,}",
+        **training_cells(run.log),
+        "commit": commit_of(run.sessions),
+    }
+
+
+def training_cells(log: list[dict]) -> dict[str, str]:
+    """Return tokens, training time and last validation loss of a log, "" for what it lacks."""
+    last = {}
+    for entry in log:
+        last |= entry
+    seconds, n_tokens = last.get("elapsed"), last.get("tokens")
+    losses = measure.training_curves(log).get("val loss", ())
+    return {
+        "training tokens": "" if n_tokens is None else f"{n_tokens:,}",
+        "training time": "" if seconds is None else in_hours(seconds),
+        "validation loss (log)": f"{losses[-1]:.4f}" if len(losses) else "",
+    }
+
+
+def in_hours(seconds: float) -> str:
+    """Return seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def commit_of(sessions: list[dict]) -> str:
+    """Return the commit that a run was last started at, and whether files differed from it."""
+    last = sessions[-1] if sessions else {}
+    changed = " (changed)" if last.get("dirty") else ""
+    return f"{last['commit'][:10]}{changed}" if last.get("commit") else ""
 
 
 def add_training(page: Page, runs: list[Run]) -> None:
     page.append("h2", "Training")
-    curves = {run.name: measure.training_curves(run.log) for run in runs if run.log}
+    curves = {run.name: measure.training_curves(run.log) for run in runs}
+    curves = {name: data for name, data in curves.items() if data}
     if curves:
         caption = (
-            "Loss, bits per byte, learning rate, loops and speed in training. Validation is "
-            "measured at the run's own loops."
+            "Loss, learning rate, loops and speed in training. Validation is measured at the "
+            "run's own loops."
         )
         page.picture("curves", caption, plots.draw_curves(curves), curves)
     for run in runs:
@@ -405,47 +525,59 @@ def add_training(page: Page, runs: list[Run]) -> None:
 
 def add_depth(page: Page, runs: list[Run]) -> None:
     """Add the loss at each number of loops, on the windows that train.py evaluates."""
-    page.append("h2", "Depth")
+    page.append("h2", "Depth" if groups else "Loss on validation")
     sweeps = {}
     for run in runs:
-        if run.model.config.groups and not run.validation:
+        if not run.validation:
             page.left_out("losses at each depth and with early exit", run, run.no_validation)
-        elif run.model.config.groups:
-            loops = measure.loops_to_try(4 * max(run.model.config.counts()))
-            per_byte = run.validation.n_tokens / run.validation.n_bytes
-            sweeps[run.name] = measure.depth_sweep(run.model, *scored(run), loops, per_byte)
+            continue
+        progress.now(f"{run.name}: losses at each depth")
+        sweeps[run.name] = sweep_of(run)
+        page.append("p", windows_in_words(run), "note")
     if not sweeps:
         return
-    caption = (
-        "Losses on validation from 1 loop to 4 times the loops of the config (star). The wide pale "
-        "line covers the loops in training: nine in ten draws, where they are drawn."
-    )
-    page.picture("sweep", caption, plots.draw_sweep(sweeps), sweeps)
+    if groups:
+        caption = (
+            "Losses on validation from 1 loop to 4 times the loops of the config (star). The wide "
+            "pale line covers the loops in training: nine in ten draws, where they are drawn."
+        )
+        if any(len(sweep["loops"]) == 0 for sweep in sweeps.values()):
+            caption += " A horizontal line: nothing is looped."
+        page.picture("sweep", caption, plots.draw_sweep(sweeps), sweeps)
     names = ["run", "loops", "loss (nats/token)", "bits/byte", "accuracy"]
     page.table(names, [row for name, sweep in sweeps.items() for row in sweep_rows(name, sweep)])
 
 
-def scored(run: Run) -> tuple[Tensor, Tensor]:
-    """Return the windows (x, y) of validation in which losses are measured."""
-    return measure.spread_windows(run.validation, windows, device)
+def sweep_of(run: Run) -> measure.Arrays:
+    """Return the losses of a run at loop counts up to four times its own."""
+    counts, loops = run.model.config.counts(), []
+    if counts:
+        loops = measure.loops_to_try(4 * max(counts))
+    per_byte = run.validation.n_tokens / run.validation.n_bytes
+    with autocast(device, scoring_dtype(run)):
+        return measure.depth_sweep(run.model, *scored(run), loops, per_byte)
 
 
 def sweep_rows(name: str, sweep: measure.Arrays) -> list[list[str]]:
-    rows = []
+    """Return a row for each loop count; the first, with a star, is at the config's own."""
+    columns = ("loss", "bits_per_byte", "accuracy")
+    own = ",".join(map(str, sweep["configured"]))
+    rows = [
+        [name, f"{own}*" if own else "-", *(sweep[f"configured_{column}"] for column in columns)]
+    ]
     for i, n in enumerate(sweep["loops"]):
-        loss, bits = f"{sweep['loss'][i]:.4f}", f"{sweep['bits_per_byte'][i]:.4f}"
-        rows.append([name, str(n), loss, bits, f"{sweep['accuracy'][i]:.2%}"])
-    return rows
+        if str(n) != own:
+            rows.append([name, str(n), *(sweep[column][i] for column in columns)])
+    return [[*cells, f"{loss:.4f}", f"{b:.4f}", f"{share:.2%}"] for *cells, loss, b, share in rows]
 
 
 def add_states(page: Page, groups: dict[str, LoopedGroup]) -> None:
     page.append("h2", "States over loops")
     measures, paths, texts = {}, {}, {}
     for name, group in groups.items():
-        states, T = group.text.states, len(texts_of(group.run))
+        states = group.text.states
         measures[name] = measure.state_measures(states)
-        spread = np.linspace(0, T - 1, min(6, T)).astype(int).tolist()
-        chosen, texts[name] = chosen_tokens(group.run, spread)
+        chosen, texts[name] = chosen_tokens(group.run, spread_tokens(group.run, 6))
         paths[name] = measure.trajectories(states, chosen)
     caption = (
         "How far a loop moves the state of a token, how far the state is from the last one, its "
@@ -464,10 +596,10 @@ def add_residual(page: Page, runs: list[Run]) -> None:
     page.append("h2", "Residual stream")
     paths, texts = {}, {}
     for run in runs:
-        chosen, texts[run.name] = chosen_tokens(run, list(range(run.idx.size(1))))
+        chosen, texts[run.name] = chosen_tokens(run, spread_tokens(run, 16))
         paths[run.name] = measure.residual_stream(run.model, run.idx, chosen)
     caption = (
-        "The residual stream of each token from the embedding (dark) to the last pass through a "
+        "The residual stream of some tokens from the embedding (dark) to the last pass through a "
         "block (light), in the two directions in which it differs most."
     )
     page.picture("residual", caption, plots.draw_residual(paths, texts), paths)
@@ -524,9 +656,10 @@ def exit_note(group: LoopedGroup) -> str:
     counts, model = group.run.model.config.counts(), group.run.model
     if not group.rule:
         return ""
-    if group.index < len(counts) - 1:
+    if group.index < len(counts) - 1 and not group.rule.every_group:
         return (
-            "Decoding stops tokens only in the last looped group. The rule would stop them so here."
+            f"With exit_rule={exit_rule} decoding stops tokens in the last looped group alone. The "
+            "rule would stop them so here."
         )
     note = "The loops are those of decoding, token by token"
     _, _, behind = model.around_group(None, group.index)
@@ -534,14 +667,14 @@ def exit_note(group: LoopedGroup) -> str:
         note += (
             ", but for a few tokens: the rule reads predictions, and blocks stand behind the loop"
         )
-    if len(counts) > 1 and group.n != counts[-1]:  # sample.py's n_loop is that of all groups
+    if len(counts) > 1 and group.n != counts[group.index]:  # sample.py has one n_loop for all
         return f"{note}."
     return f"{note}: {sample_command(group)}"
 
 
 def sample_command(group: LoopedGroup) -> str:
     """Return the command that decodes with these exits."""
-    words = ["python", "sample.py", f"--out_dir={group.run.source}"]
+    words = ["python", "sample.py", f"--source={group.run.source}"]
     words += ["--automatic_loop_exit", f"--exit_rule={exit_rule}"]
     words.append(f"--automatic_loop_exit_threshold={automatic_loop_exit_threshold}")
     if group.n != group.run.model.config.counts()[-1]:
@@ -554,6 +687,7 @@ def add_exit_curves(page: Page, groups: dict[str, LoopedGroup]) -> None:
     for name, group in groups.items():
         model = group.run.model
         if group.run.validation:
+            progress.now(f"{name}: every exit rule at every threshold")
             measured = measure.exit_measures(model, *scored(group.run), group.index, group.n)
             curves[name] = measure.exit_curves(model, measured)
     if not curves:
@@ -701,22 +835,27 @@ def lens_rows(name: str, group: LoopedGroup, words: np.ndarray) -> list[tuple]:
 
 
 # -----------------------------------------------------------------------------
-page = Page(folder, "Analysis of " + ", ".join(run.name for run in runs))
-add_overview(page, runs)
-add_training(page, runs)
-if groups:
+title = f"Analysis of {len(runs)} runs" if len(runs) > 2 else f"Analysis of {' and '.join(names)}"
+page = Page(folder, title)
+with Progress() as progress:
+    add_overview(page, runs)
+    add_training(page, runs)
     add_depth(page, runs)
-    add_states(page, groups)
-add_residual(page, runs)
-if groups:
-    add_exits(page, groups)
-    add_exit_curves(page, groups)
-add_attention(page, runs)
-if maps:
-    add_attention_maps(page, runs)
-if groups:
-    add_spectra(page, runs)
-    add_predictions(page, groups)
+    if groups:
+        add_states(page, groups)
+    progress.now("the residual stream")
+    add_residual(page, runs)
+    if groups:
+        add_exits(page, groups)
+        add_exit_curves(page, groups)
+    progress.now("attention")
+    add_attention(page, runs)
+    if maps:
+        add_attention_maps(page, runs)
+    if groups:
+        progress.now("spectra of the looped matrices, and predictions")
+        add_spectra(page, runs)
+        add_predictions(page, groups)
 page.append("p", "Made by: python " + shlex.join(sys.argv), "note")
 path = page.write()
 print(f"{path}: {page.n_pictures} pictures in {time.perf_counter() - began:.0f} s")

@@ -26,6 +26,7 @@ torch in it.
 
 import contextlib
 import copy
+import gc
 import math
 import multiprocessing
 import os
@@ -36,6 +37,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -58,51 +60,78 @@ from nanorecur.parallel import Processes
 from nanorecur.training_step import TrainingStep, make_objective
 
 # -----------------------------------------------------------------------------
-# what is timed
-loops = ()  # loop counts to time, such as 1,2,4,8; (): the config's own
-rounds = 5  # rounds in which all that is compared takes turns
-steps = 5  # training steps in a turn
-threads = 0  # CPU threads; 0: torch's choice
+# train and decode
+loops = ()  # loop counts to time, such as 1,2,4,8; (): the config's own, or those of looped
 peer = ""  # folder of a nanoGPT checkout to compare with; train: or nanoLOOP, or several, a,b
 write_to = ""  # Markdown file whose section on this machine is replaced, such as BENCHMARKS.md
-# plan
-gpu = "h100"  # a GPU whose data sheet is known, such as a100 or rtx-4090, or cpu: this machine
-n_gpus = 1  # processes of the run, a GPU each
+rounds = 5  # rounds in which all that is compared takes turns
+threads = 0  # CPU threads; 0: torch's choice
+dtypes = "float32", "bfloat16"  # number types to time, of ours and of transformers' decoding
+# train
+steps = 5  # training steps in a turn
+peak_memory = False  # with peer: measure the memory of a step too, in a process for each
 # decode
-batch_sizes = 1, 16  # rows that are continued at once
 looped = ""  # folder of a trained looped model, to measure exit and speculation with --dataset
-# rarely: train
-peak_memory = False  # train --peer: measure the memory of a step too, in a process for each
-# rarely: plan
-efficiency = 0.4  # share of the GPU's peak FLOP/s that a step reaches; with gpu=cpu it is measured
-link_gbps = (
-    0.0  # GB/s that a GPU sends to others; 0: its data sheet's; of more than 8: network_gbps
-)
-network_gbps = 50.0  # GB/s that a GPU sends to others of more than 8
-# rarely: decode
+batch_sizes = 1, 16  # rows that are continued at once
 prompt_tokens = 128  # tokens of each prompt
 new_tokens = 128  # tokens by which each prompt is continued
 exit_thresholds = 0.05, 0.1, 0.15  # relative changes of the state at which a token stops looping
 drafts = (2, 3), (3, 4), (4, 6)  # speculation: pairs of draft_loops and draft_tokens
+# plan
+gpu = "h100"  # a GPU whose data sheet is known, such as a100 or rtx-4090, or cpu: this machine
+n_gpus = 1  # processes of the run, a GPU each
+efficiency = 0.4  # share of the GPU's peak FLOP/s that a step reaches; with gpu=cpu it is measured
+link_gbps = 0.0  # GB/s that a GPU sends to others; 0: by its data sheet, or as network_gbps
+network_gbps = 50.0  # GB/s that each of more than 8 GPUs sends to others
 command, arguments = "train", sys.argv[1:]
 if arguments[:1] in (["train"], ["decode"], ["plan"]):
     command = arguments.pop(0)
 config, given = configure(globals(), ("train.py", ""), ("model.py", "GPTConfig"), argv=arguments)
+# which of the options above a command reads; what is given in vain is refused
+TRAIN = {"rounds", "threads", "steps"}
+READ = {
+    "train": TRAIN | {"loops"},
+    "train --peer": TRAIN | {"peer", "peak_memory", "write_to", "dtypes"},
+    "decode": {"rounds", "threads", "peer", "write_to", "dtypes", "batch_sizes", "prompt_tokens"}
+    | {"new_tokens"},
+    "plan": {"gpu", "n_gpus", "efficiency", "link_gbps", "network_gbps", "threads"},
+}
+READ["decode --looped"] = READ["decode"] | {"looped", "loops", "exit_thresholds", "drafts"}
+OWN = set().union(*READ.values())
+mode = command
+if command == "train" and peer:
+    mode = "train --peer"
+if command == "decode" and looped:
+    mode = "decode --looped"
+progress = hardware.Progress()
 
 # -----------------------------------------------------------------------------
 # check what was asked for; a process that measures memory runs this file up to main too
 with clear_errors():
+    for name in sorted(given & OWN - READ[mode]):
+        readers = " or ".join(other for other in READ if name in READ[other])
+        require(name, config[name], False, f"left out of {mode}: it belongs to {readers}")
     positive = ("rounds", "steps", "prompt_tokens")
     check_ranges(config, {name: (1, math.inf) for name in positive})
     check_ranges(config, {"threads": (0, math.inf), "new_tokens": (2, math.inf)})
-    pairs = all(isinstance(pair, tuple) and len(pair) == 2 for pair in drafts)
-    require("drafts", drafts, pairs, "pairs such as [[2,3],[4,6]]")
+    for name in ("loops", "batch_sizes"):
+        counts = all(type(n) is int and n >= 1 for n in config[name])
+        require(name, config[name], counts, "whole numbers of at least 1, such as 1,4")
+    require("batch_sizes", batch_sizes, len(batch_sizes) > 0, "not empty")
+    known = len(dtypes) > 0 and set(dtypes) <= set(DTYPES)
+    require("dtypes", dtypes, known, "of " + ", ".join(DTYPES))
+    if write_to:
+        require("write_to", write_to, Path(write_to).parent.is_dir(), "in a folder that exists")
+    for peer_folder in filter(None, peer.split(",")):
+        found = (Path(peer_folder) / "model.py").is_file()
+        require("peer", peer_folder, found, "a folder with a model.py")
     if command == "train":
         check_options(config, Processes())
     if threads:
         torch.set_num_threads(threads)
     device = pick_device("cpu" if command == "plan" else config["device"])
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # else clocks would wait for the first one
         torch.set_float32_matmul_precision("high")  # TF32, as in train.py
     data_dir = Path(__file__).parent / "data" / config["dataset"]
     prepared = (data_dir / "meta.json").exists()
@@ -129,8 +158,18 @@ def in_turns(works: dict[Hashable, Callable], times: int = 1) -> dict[Hashable, 
     seconds = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
+            progress.now(f"round {len(seconds[name]) + 1} of {rounds}: {in_line(name)}")
             seconds[name].append(clock(work, times) / times)
     return seconds
+
+
+def in_line(name: Hashable) -> str:
+    """Return what is timed as a line on stderr names it: a name, loop counts, or a setting."""
+    if isinstance(name, str):
+        return name
+    if all(type(part) is int for part in name):
+        return f"{','.join(map(str, name)) or 'no'} loops"
+    return f"generate with {name[0]}, {name[1]} row(s)"
 
 
 def median_ratio(seconds: list[float], others: list[float]) -> str:
@@ -219,6 +258,8 @@ def print_depths() -> None:
     compiled = config["compile"] and compile_works(device)
     step = TrainingStep(config | UNCLIPPED, device, dtype, compiled)
     model, peak = step.model, hardware.peak_flops(device, dtype)
+    allowed = "left out: nothing is looped in this model"
+    require("loops", loops, not loops or model.config.groups, allowed)
     depths = [model.config.counts(n) for n in loops or [None]]
     print(
         f"{model.get_num_params() / 1e6:.2f}M parameters, vocabulary {config['vocab_size']}, "
@@ -226,7 +267,8 @@ def print_depths() -> None:
         f"{'compiled' if compiled else 'eager'}, torch {torch.__version__}"
     )
     peaks = {depth: warm_depth(step, depth) for depth in depths}
-    seconds = in_turns({depth: partial(step, depth) for depth in depths}, steps)
+    works = {depth: partial(step, depth) for depth in depths}
+    seconds = in_turns(works, steps)
     widths = (8, 10, 12, 13, 11, 8, 10)
     head = ["loops", "ms", "tokens/s", "MFLOP/token", "GFLOP/s", "MFU", "peak MiB"]
     print(aligned(head, widths))
@@ -237,14 +279,17 @@ def print_depths() -> None:
         memory = f"{peaks[depth] / 2**20:,.0f}"
         name = ",".join(map(str, depth)) or "-"
         print(aligned([name, ms, rate, f"{flops / 1e6:.2f}", gflops, mfu, memory], widths))
+    if compiled and model.config.groups and model.config.loop_sampling != "fixed":
+        print(f"\nSampled depth, compiled:\n\n{sampled_depth(step)}")
     if config["spectral_clip_beta"]:
         print(clip_cost(model, median))
 
 
 def warm_depth(step: TrainingStep, depth: tuple) -> int:
     """Warm a step up at a depth and return the peak bytes of such steps."""
+    progress.now(f"memory and first steps at {in_line(depth)}")
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     warm_up(partial(step, depth))
     if device.type == "cpu":
         return peak_of(own_step, UNCLIPPED, dtype, depth)
@@ -363,11 +408,11 @@ def trainers(modes: dict[str, bool]) -> dict[str, Trainer]:
     modes: endings of names, to whether torch.compile is used.
     """
     contestants = {}
-    for number_type in (torch.float32, torch.bfloat16):
+    for dtype_name in dtypes:
+        number_type = DTYPES[dtype_name]
         for ending, compiled in modes.items():
             step = TrainingStep(config | LIKE_PEERS, device, number_type, compiled)
-            name = f"ours, {str(number_type).removeprefix('torch.')}{ending}"
-            contestants[name] = Trainer(step, number_type)
+            contestants[f"ours, {dtype_name}{ending}"] = Trainer(step, number_type)
     for folder in peer.split(","):
         for ending, compiled in modes.items():
             name = Path(folder).resolve().name + ending
@@ -379,6 +424,7 @@ def drop_failing(contestants: dict[str, Trainer]) -> dict[str, Trainer]:
     """Warm all trainers up and return those that run, with a line on stderr for each other."""
     running = {}
     for name, trainer in contestants.items():
+        progress.now(f"first steps: {name}")
         try:
             warm_up(trainer.step)
             running[name] = trainer
@@ -404,16 +450,19 @@ def train_section() -> str:
     names = [Path(folder).resolve().name for folder in peer.split(",")]
     require("peer", peer, len(set(names)) == len(names), "folders of different names")
     compiled = config["compile"] and compile_works(device)
-    contestants = trainers({"": False, ", compiled": True} if compiled else {"": False})
-    objective = contestants["ours, float32"].step.objective
+    with torch.device("meta"):
+        objective = make_objective(config | LIKE_PEERS)
     model, flops = objective.model, objective.flops_per_token()
     what = (
         f"{n_parameters(model):,} parameters each, {flops / 1e6:,.2f} MFLOP/token. A step: "
         f"forward, backward, clip at {config['grad_clip']}, AdamW."
     )
-    parts = [what, speed_table(drop_failing(contestants), flops)]
-    if model.config.groups and config["compile"]:
-        parts += ["### Sampled depth, compiled", sampled_depth()]
+    modes = {"": False, ", compiled": True} if compiled else {"": False}
+    parts = [what, speed_table(drop_failing(trainers(modes)), flops)]
+    if model.config.groups and compiled:
+        step = TrainingStep(config | UNCLIPPED, device, dtype, compiled)
+        parts += ["### Sampled depth, compiled", sampled_depth(step)]
+        del step
     if peak_memory:
         parts += ["### Memory, eager, in a process of its own for each", memory_beside()]
     shape = f"Training {in_words(model.config)} beside {' and '.join(names)}"
@@ -436,32 +485,49 @@ def speed_table(contestants: dict[str, Trainer], flops_per_token: int) -> str:
     return table(head + [f"speed to {name} at its best" for name in fastest], rows)
 
 
+def blocks_in_words(shape: GPTConfig) -> str:
+    """Return the number of blocks, in the order of a pass, such as 2 + 4x8 + 2 blocks."""
+    counts, parts, n_before = iter(shape.counts()), [], 0  # blocks that were not named yet
+    for blocks, is_looped in (*shape.layout, ((), True)):
+        if not is_looped:
+            n_before += len(blocks)
+            continue
+        if n_before:
+            parts.append(str(n_before))
+        if blocks:
+            parts.append(f"{len(blocks)}x{next(counts)}")
+        n_before = 0
+    return f"{' + '.join(parts)} block" + ("" if parts == ["1"] else "s")
+
+
 def in_words(shape: GPTConfig) -> str:
     """Return a shape as a heading names it."""
-    blocks = str(shape.n_layer)
-    if shape.n_block:
-        blocks = f"{shape.n_prelude} + {shape.n_block}x{shape.n_loop} + {shape.n_coda}"
     truncated = f", bptt_k {shape.bptt_k}" if shape.bptt_k else ""
     return (
-        f"{blocks} blocks of width {shape.n_embd}, {shape.vocab_size:,} ids, "
+        f"{blocks_in_words(shape)} of width {shape.n_embd}, {shape.vocab_size:,} ids, "
         f"{config['batch_size']} x {shape.block_size} tokens{truncated}"
     )
 
 
-def sampled_depth() -> str:
-    """Return a table of what a FLOP costs at fixed depth and at depths drawn for each step."""
-    changed = UNCLIPPED | {"loop_sampling": "poisson"}
-    step = TrainingStep(config | changed, device, dtype, compiled=True)
+def sampled_depth(step: TrainingStep) -> str:
+    """Return a table of what a FLOP costs at fixed depth and at depths drawn for each step.
+
+    They are drawn as the config says, or where its depth is fixed by poisson.
+    """
+    progress.now("steps at fixed and at sampled depth")
     shape, flops_per_token = step.model.config, step.objective.flops_per_token
+    if shape.loop_sampling == "fixed":
+        shape = replace(shape, loop_sampling="poisson")
     for n in (1, 2, min(shape.bptt_k + 2, shape.max_loops)):  # loops with and without gradient
         warm_up(partial(step, n))
     graphs = torch._dynamo.utils.counters["stats"]
     n_graphs, generator = graphs["unique_graphs"], torch.Generator().manual_seed(config["seed"])
-    turns = {"fixed": [], "poisson": []}  # (ms, GFLOP, ms per GFLOP) of a step, by round
+    turns = {"fixed": [], shape.loop_sampling: []}  # (ms, GFLOP, ms per GFLOP) of a step, by round
     for _ in range(rounds):
         drawn = [sample_loops(shape, generator) for _ in range(steps)]
-        for name, depths in {"fixed": [shape.counts()] * steps, "poisson": drawn}.items():
-            ms = 1e3 * sum(clock(partial(step, depth)) for depth in depths) / steps
+        depths_of = {"fixed": [shape.counts()] * steps, shape.loop_sampling: drawn}
+        for name, depths in depths_of.items():
+            ms = 1e3 * clock(partial(make_steps, step, depths)) / steps
             gflops = sum(map(flops_per_token, depths)) * tokens_per_step / steps / 1e9
             turns[name].append((ms, gflops, ms / gflops))
     rows = []
@@ -474,8 +540,15 @@ def sampled_depth() -> str:
     return f"{table(head, rows)}\n\n{compiled}"
 
 
+def make_steps(step: TrainingStep, depths: list[tuple]) -> None:
+    for depth in depths:
+        step(depth)
+
+
 def memory_beside() -> str:
     """Return a table of the peak memory of the peers' steps and of ours, with options that save."""
+    free_memory()
+    progress.now("the memory of a step, in a process of its own for each")
     makers = {Path(folder).name: partial(peer_step, folder) for folder in peer.split(",")}
     makers |= {name: partial(own_step, changed, peer_dtype) for name, changed in SAVING.items()}
     columns = {"MiB": [peak_of(make_step) for make_step in makers.values()]}
@@ -492,6 +565,14 @@ def memory_beside() -> str:
     return table(head, rows)
 
 
+def free_memory() -> None:
+    """Give a GPU's memory that nothing uses any more to other processes."""
+    torch._dynamo.reset()  # compiled steps hold their models
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 # -----------------------------------------------------------------------------
 # decode: GPT-2's shape, random weights
 class TimedDecoder(NamedTuple):
@@ -503,13 +584,14 @@ class TimedDecoder(NamedTuple):
 
 
 def decoded_shapes() -> dict[str, GPTConfig]:
-    """Return the two shapes that are timed, GPT-2's unless an option says otherwise."""
+    """Return the two shapes that are timed: that of the options, GPT-2's by default, and a loop."""
     options = {name: config[name] for name in GPTConfig.__dataclass_fields__}
-    plain = GPTConfig(**options)
-    looped_core = {"n_prelude": 2, "n_block": 4, "n_coda": 2, "n_loop": 4}
+    shape = GPTConfig(**options)
+    core = {"n_prelude": 2, "n_block": 4, "n_coda": 2, "n_loop": 4}
+    core |= {"loop_groups": (), "loop_counts": ()}
     return {
-        f"{plain.n_physical} blocks": plain,
-        "2 + 4x4 + 2": GPTConfig(**options | looped_core),
+        blocks_in_words(shape): shape,
+        "2 + 4x4 + 2": GPTConfig(**options | core),
     }
 
 
@@ -526,18 +608,18 @@ def own_decoders() -> dict[str, TimedDecoder]:
     for shape_name, shape in decoded_shapes().items():
         fresh = GPT(shape).to(device).eval()
         n_read = weights_read(fresh)
-        for number_type in (torch.float32, torch.bfloat16):
-            ready = copy.deepcopy(fresh)
+        for dtype_name in dtypes:
+            ready, number_type = copy.deepcopy(fresh), DTYPES[dtype_name]
             if on_cpu:
                 pack(ready, number_type)
-            name = f"{shape_name}, {str(number_type).removeprefix('torch.')}"
+            name = f"{shape_name}, {dtype_name}"
             n_bytes = n_read * number_type.itemsize
             found[name] = TimedDecoder(partial(greedy, ready, number_type, False), n_bytes)
             usual = torch.float32 if on_cpu else torch.bfloat16
             if config["compile"] and number_type == usual:
                 compiled = partial(greedy, fresh, number_type, True)
                 found[f"{name}, compiled"] = TimedDecoder(compiled, n_bytes)
-        if on_cpu and not shape.groups:
+        if on_cpu and not shape.groups and "float32" in dtypes:
             run = partial(greedy, fresh, torch.float32, False)
             found[f"{shape_name}, float32, weights not packed"] = TimedDecoder(run, 4 * n_read)
     return found
@@ -547,7 +629,9 @@ def other_decoders() -> dict[str, TimedDecoder]:
     """Return those of others that are here: transformers', and nanoGPT's of a peer."""
     found = {}
     try:
-        found["transformers' GPT-2, float32"] = transformers_decoder()
+        for dtype_name in dtypes:
+            decoder = transformers_decoder(DTYPES[dtype_name])
+            found[f"transformers' GPT-2, {dtype_name}"] = decoder
     except ImportError:
         print("transformers is not installed: not timed")
     if peer:
@@ -559,7 +643,7 @@ def other_decoders() -> dict[str, TimedDecoder]:
     return found
 
 
-def transformers_decoder() -> TimedDecoder:
+def transformers_decoder(number_type: torch.dtype) -> TimedDecoder:
     import transformers
 
     fields = ("vocab_size", "n_layer", "n_head", "n_embd")
@@ -569,7 +653,7 @@ def transformers_decoder() -> TimedDecoder:
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = transformers.GPT2LMHeadModel(shape).to(device).eval()
+    model = transformers.GPT2LMHeadModel(shape).to(device, number_type).eval()
 
     def run(idx: Tensor, count: int) -> None:
         mask = torch.ones_like(idx)
@@ -631,10 +715,12 @@ def time_decoders(
 ) -> dict[str, list[tuple[float, float]]]:
     """Return decoding_seconds of each decoder in each round; of those without a cache, of one."""
     times = {name: [] for name in contestants}
-    for decoder in contestants.values():
-        decoder.run(idx, 2)  # warms up
+    for name, decoder in contestants.items():
+        progress.now(f"warming up: {name}, {len(idx)} row(s)")
+        decoder.run(idx, 2)
     for number in range(rounds):
         for name, decoder in contestants.items():
+            progress.now(f"round {number + 1} of {rounds}: {name}, {len(idx)} row(s)")
             if decoder.has_cache or number == 0:
                 latest = decoding_seconds(decoder, idx)
             else:
@@ -679,16 +765,41 @@ def cache_table() -> str:
 
 # -----------------------------------------------------------------------------
 # decode --looped: exit and speculation of a trained model, greedy
-def looped_tables() -> tuple[str, str]:
-    """Return a table on early exit and one on speculation, at each of the loop counts."""
+class LoopedRun(NamedTuple):
+    """A trained looped model and windows of validation to measure it on."""
+
+    model: GPT
+    depths: list[int | None]  # loop counts, as GPT.forward takes n_loop
+    x: Tensor  # (N, T)
+    y: Tensor  # (N, T)
+
+
+def open_looped() -> LoopedRun:
+    """Return the model of --looped. ValueError where an option does not go with it."""
     model = pretrained.load(looped).to(device)
-    meta = load_meta(data_dir)
-    split = open_split(data_dir, "val", meta, model.block_size, model.config.vocab_size)
-    x, y = (torch.from_numpy(part).to(device) for part in split.windows(split.spread(256)))
+    require("looped", looped, bool(model.config.groups), "a model in which something is looped")
+    positive = all(0 < threshold < math.inf for threshold in exit_thresholds)
+    require("exit_thresholds", exit_thresholds, positive, "positive numbers")
+    for pair in drafts:
+        legal = isinstance(pair, tuple) and len(pair) == 2 and min(pair) >= 1
+        legal = legal and all(type(n) is int for n in pair)
+        require("drafts", drafts, legal, "pairs of counts such as [[2,3],[4,6]]")
+    split = open_split(
+        data_dir, "val", load_meta(data_dir), model.block_size, model.config.vocab_size
+    )
+    x, y = split.windows(split.spread(max(256, *batch_sizes)))
+    return LoopedRun(
+        model, list(loops) or [None], torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+    )
+
+
+def looped_tables(run: LoopedRun) -> tuple[str, str]:
+    """Return a table on early exit and one on speculation, at each of the loop counts."""
+    model, _, x, y = run
     if device.type == "cpu":
         pack(model)
     exits, drafted = [], []
-    for n in loops or model.config.counts()[-1:]:
+    for n in run.depths:
         exits += exit_rows(n, model, x, y)
         drafted += draft_rows(n, model, x)
     speeds = [f"speed, {batch_size} rows" for batch_size in batch_sizes]
@@ -698,7 +809,7 @@ def looped_tables() -> tuple[str, str]:
 
 
 def time_generate(
-    model: GPT, n_loop: int, x: Tensor, settings: dict[Hashable, dict]
+    model: GPT, n_loop: int | None, x: Tensor, settings: dict[Hashable, dict]
 ) -> tuple[dict, dict]:
     """Return {(name, batch size): median seconds} and {..: what generate returned}.
 
@@ -714,7 +825,7 @@ def time_generate(
     return {key: statistics.median(times) for key, times in in_turns(works).items()}, results
 
 
-def exit_rows(n_loop: int, model: GPT, x: Tensor, y: Tensor) -> Iterator[list]:
+def exit_rows(n_loop: int | None, model: GPT, x: Tensor, y: Tensor) -> Iterator[list]:
     """Yield a row for each exit threshold: loss and loops used on windows x, y, and the speed."""
     rules = {0.0: None}
     for threshold in exit_thresholds:
@@ -725,18 +836,22 @@ def exit_rows(n_loop: int, model: GPT, x: Tensor, y: Tensor) -> Iterator[list]:
     for threshold, rule in rules.items():
         loss, used = exit_evaluation(model, x, y, rule, n_loop)
         cells = [f"{threshold:g}", f"{loss:.4f}", f"{loss / full_loss - 1:+.2%}"]
-        cells += [f"{used:.2f}", f"{1 - used / n_loop:.0%}"]
+        cells += [f"{used:.2f}", f"{1 - used / sum(model.config.counts(n_loop)):.0%}"]
         for batch_size in batch_sizes:
             ratio = seconds[0.0, batch_size] / seconds[threshold, batch_size]
             cells.append(f"{ratio:.2f}")
-        yield [n_loop, *cells]
+        yield [loops_in_words(model, n_loop), *cells]
 
 
-def draft_rows(n_loop: int, model: GPT, x: Tensor) -> Iterator[list]:
+def loops_in_words(model: GPT, n_loop: int | None) -> str:
+    return ",".join(map(str, model.config.counts(n_loop)))
+
+
+def draft_rows(n_loop: int | None, model: GPT, x: Tensor) -> Iterator[list]:
     """Yield a row for each pair of drafts: drafts accepted, tokens as without, and the speed."""
     plain, settings = (0, 0), {(0, 0): {}}
     for draft_loops, draft_tokens in drafts:
-        if draft_loops < n_loop:
+        if draft_loops < model.config.counts(n_loop)[-1]:
             options = {"draft_loops": draft_loops, "draft_tokens": draft_tokens}
             settings[draft_loops, draft_tokens] = options
     seconds, results = time_generate(model, n_loop, x, settings)
@@ -750,7 +865,7 @@ def draft_rows(n_loop: int, model: GPT, x: Tensor) -> Iterator[list]:
             accepted.append(f"{stats['accepted'] / stats['drafted']:.0%}")
             equal.append(f"{(tokens == plain_tokens).float().mean():.1%}")
             speeds.append(f"{seconds[plain, batch_size] / seconds[pair, batch_size]:.2f}")
-        yield [n_loop, *pair, ", ".join(accepted), ", ".join(equal), *speeds]
+        yield [loops_in_words(model, n_loop), *pair, ", ".join(accepted), ", ".join(equal), *speeds]
 
 
 def decode_section() -> str:
@@ -761,15 +876,19 @@ def decode_section() -> str:
         f"{config['block_size']}; prompts of {prompt_tokens}, {new_tokens} new tokens. Tokens/s "
         "with the prompt, a step without it; weights are counted as often as they are applied."
     )
-    caches = cache_table()  # refuses what cannot be, before minutes of timing
+    # these refuse what cannot be, before minutes of timing
+    fits = prompt_tokens + new_tokens <= config["block_size"]
+    require("new_tokens", new_tokens, fits, "what block_size holds, behind prompt_tokens")
+    run = open_looped() if looped else None
+    caches = cache_table()
     parts = []
     if device.type != "cuda":
         missing = "bfloat16 there, the share of its copy bandwidth, compiled steps"
         parts.append(f"Not measured on a GPU: {missing}.")
-    parts += ["### GPT-2's shape, random weights", what, decoding_table(), bandwidth()]
+    parts += ["### Random weights", what, decoding_table(), bandwidth()]
     parts += ["### Cache, bytes per token", caches]
-    if looped:
-        exits, drafted = looped_tables()
+    if run:
+        exits, drafted = looped_tables(run)
         parts += [f"### Exit by the change of the state: {Path(looped).name}", exits]
         parts += ["### Self-speculation, the same model", drafted]
     rows = " and ".join(map(str, batch_sizes))
@@ -794,6 +913,7 @@ def print_plan() -> None:
     with torch.device("meta"):
         objective = make_objective(config)
     shape = objective.model.config
+    progress.now("counting the bytes of steps")
     depths = [shape.counts()]
     if shape.loop_sampling != "fixed":
         depths.append(shape.counts(shape.max_loops))
@@ -893,5 +1013,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with clear_errors():
+    with clear_errors(), progress:
         main()

@@ -33,6 +33,38 @@ TYPE_WORDS = {
     str: "text",
     tuple: "a list such as 4,8",
 }
+HINTS = {  # names of other projects: our options; the first that the script has is named
+    "activation_checkpointing": ("recompute",),
+    "batch": ("batch_size",),
+    "concatenate_initial_representation": ("input_injection=inject",),
+    "context_length": ("block_size",),
+    "d_model": ("n_embd",),
+    "device_batch_size": ("batch_size",),
+    "epochs": ("max_iters",),
+    "exit_threshold": ("automatic_loop_exit_threshold",),
+    "grad_accum": ("gradient_accumulation_steps",),
+    "grad_accum_steps": ("gradient_accumulation_steps",),
+    "gradient_checkpointing": ("recompute",),
+    "hidden_size": ("n_embd",),
+    "inject_random": ("state_init=noise",),
+    "input_file": ("input_files",),
+    "lm_looped": ("n_block",),
+    "lm_n_loops": ("n_loop",),
+    "loops": ("eval_loops", "n_loop"),
+    "lr": ("learning_rate",),
+    "max_lr": ("learning_rate",),
+    "mean_recurrence": ("n_loop",),
+    "micro_batch_size": ("batch_size",),
+    "n_layers": ("n_layer",),
+    "n_loops": ("n_loop",),
+    "n_recurrence": ("n_loop",),
+    "num_heads": ("n_head",),
+    "num_layers": ("n_layer",),
+    "prompt": ("start",),
+    "seq_len": ("block_size",),
+    "sequence_length": ("block_size",),
+    "wd": ("weight_decay",),
+}
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -47,13 +79,18 @@ class Knob:
 
 
 def configure(
-    scope: dict, *sources: tuple[str | Path, str], argv: list[str] | None = None
+    scope: dict,
+    *sources: tuple[str | Path, str],
+    argv: list[str] | None = None,
+    positional: str = "",
 ) -> tuple[dict, set]:
     """Apply the command line to the knobs of a script and return (config, given).
 
     scope: the script's globals(), in which its own knobs are set.
     sources: (path, class name or "") of further files with knobs, either the fields of a dataclass
         or the knobs of another script; a relative path starts at the script's folder.
+    positional: name of the knob whose value the first bare argument is, one that is neither *.py
+        nor begins with a dash; "": there is none.
     config: the final value of every knob. given: the names that were set.
     Exits with code 0 on -h and with code 2 on a wrong option.
     """
@@ -75,6 +112,9 @@ def configure(
     given = {}
     with clear_errors():
         for argument in argv:
+            bare = not argument.startswith("-") and not argument.endswith(".py")
+            if bare and positional and positional not in given:
+                argument = f"--{positional}={argument}"
             given |= read_argument(argument, knobs)
     config = {name: knob.value for name, knob in knobs.items()} | given
     for name in own:
@@ -215,12 +255,15 @@ def read_config_file(path: str, knobs: dict[str, Knob]) -> dict:
 
 
 def find_knob(name: str, knobs: dict[str, Knob], prefix: str = "") -> Knob:
-    """Return the knob of that name, or raise ValueError with the closest name.
+    """Return the knob of that name, or raise ValueError with our name for it, or the closest one.
 
     prefix: the beginning of the message.
     """
     if name in knobs:
         return knobs[name]
+    for option in HINTS.get(name, ()):
+        if option.partition("=")[0] in knobs:
+            raise ValueError(f"{prefix}unknown option {name!r}: here --{option}")
     close = difflib.get_close_matches(name[:100], knobs, 1)
     hint = f", did you mean {close[0]!r}?" if close else "; -h lists them all"
     raise ValueError(f"{prefix}unknown option {clip(name)!r}{hint}")

@@ -2,7 +2,7 @@
 Decoding: text from a model, token by token, with a cache of keys and values.
 
     pass:       embed -> stages before the last loop -> its loops -> stages after it -> head
-    exit:       a rule is asked after each loop; rows that stop leave the batch for deeper loops
+    exit:       a rule is asked after each loop of a stage; rows that stop wait behind the stage
     speculate:  draft tokens with a few loops, then continue the same states to full depth: verify
 
 generate() runs rounds: each runs the newest token of every row, and behind it the drafted ones;
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import GPT, Context, GPTConfig, LatentAttention, Loop
-from nanorecur.exit_rules import ExitRule, GateExit
+from nanorecur.exit_rules import ExitRule, GateExit, exit_stages
 
 # -----------------------------------------------------------------------------
 # the cache: token t of a row lies in cell t of the slot that belongs to its stage and loop
@@ -313,7 +313,7 @@ def compiled_loop() -> Callable:
 
 
 class Decoder:
-    """The passes of a model over a cache, split at the last looped group: there exits happen."""
+    """The passes of a model over a cache, split at the last looped group: there drafts begin."""
 
     def __init__(
         self,
@@ -327,15 +327,16 @@ class Decoder:
     ):
         """exit_rule: from make_exit, obeyed from min_loops on. shapes: (R, T) that are compiled.
 
-        warm_start: a token's first state is the last one of the token before it.
+        warm_start: in the last group a token's first state is the last one of the token before it.
         """
         self.model, self.cache = model, cache
         self.rule, self.min_loops, self.shapes = exit_rule, min_loops, shapes
         before, stage, after = model.around_group(n_loop)
         self.stages = [*before, stage, *after]
-        self.exit_stage = len(before)  # number of the stage where exits happen
+        self.split = len(before)  # number of the last looped stage
+        self.exits = exit_stages(exit_rule, self.stages)
         self.loop, self.n = stage.loop, stage.n
-        self.n_used = stage.n if stage.looped else 0  # loops of a token that does not stop early
+        self.n_used = sum(model.config.counts(n_loop))  # loops of a token that does not stop early
         rows, C, weight = len(cache.lengths), model.config.n_embd, model.lm_head.weight
         deepest = max(stage.n for stage in self.stages)
         # a tensor per loop index: torch.compile would compile an int into the graph
@@ -344,29 +345,44 @@ class Decoder:
         averages = isinstance(exit_rule, GateExit) and model.config.exit_gate == "mean_state"
         self.state_sums = weight.new_zeros(self.n, rows, 1, C) if averages else None
 
-    def enter(self, idx: Tensor, rows: Tensor, seen: Tensor | None = None):
-        """Run tokens idx (R, T) of rows (R,) up to the loop: return e, the first state, Context."""
+    def enter(self, idx: Tensor, rows: Tensor, seen: Tensor | None = None, used=None):
+        """Run tokens idx (R, T) of rows (R,) up to the last loop: return e, first state, Context.
+
+        seen as in Cache.open, used as in run_stage.
+        """
         x, ctx = self.model.embed(idx, self.cache.open(idx.size(1), rows, seen))
-        x = self.run_stages(range(self.exit_stage), x, ctx)
+        x = self.run_stages(range(self.split), x, ctx, used)
         e, s = self.loop.begin(x, ctx, self.n)
         return e, s, ctx
 
     def leave(self, s: Tensor, ctx: Context) -> Tensor:
         """Return the last hidden states (R, T, C), which the head reads, of states s (R, T, C)."""
-        x = self.run_stages(range(self.exit_stage + 1, len(self.stages)), self.loop.exit(s), ctx)
+        x = self.run_stages(range(self.split + 1, len(self.stages)), self.loop.exit(s), ctx)
         return self.model.transformer.ln_f(x)
 
-    def run_stages(self, numbers: range, x: Tensor, ctx: Context) -> Tensor:
-        """Return x (R, T, C) after the stages of these numbers."""
+    def run_stages(self, numbers: range, x: Tensor, ctx: Context, used=None) -> Tensor:
+        """Return x (R, T, C) after the stages of these numbers. used as in run_stage."""
         for number in numbers:
             loop, n, _ = self.stages[number]
             e, s = loop.begin(x, ctx, n)
-            x = loop.exit(self.run_loops(range(n), s, e, ctx, number))
+            x = loop.exit(self.run_stage(number, s, e, ctx, used))
         return x
 
+    def run_stage(self, number: int, s: Tensor, e: Tensor, ctx: Context, used) -> Tensor:
+        """Return the state (R, T, C) after a stage. used: None, or loops (R,) if rows may exit.
+
+        The loops that a row leaves out are subtracted from it.
+        """
+        n = self.stages[number].n
+        if used is None or number not in self.exits:
+            return self.run_loops(range(n), s, e, ctx, number)
+        s, loops = self.loop_until_exit(number, s, e, ctx)
+        used -= n - loops
+        return s
+
     def run_loops(self, loops: range, s: Tensor, e: Tensor, ctx: Context, number=None) -> Tensor:
-        """Return the state after these loops of a stage, by default of the one where exits are."""
-        number = self.exit_stage if number is None else number
+        """Return the state after these loops of a stage, by default of the last looped one."""
+        number = self.split if number is None else number
         compiled = tuple(s.shape[:2]) in self.shapes
         step = compiled_loop() if compiled else one_loop
         for i in loops:
@@ -397,37 +413,34 @@ class Decoder:
     def step(self, token: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Run one more token (R, 1) of each row.
 
-        Returns its last hidden state (R, 1, C) and the loops that it took, (R,).
+        Returns its last hidden state (R, 1, C) and the loops that it took in all groups, (R,).
         """
-        e, s, ctx = self.enter(token, rows)
+        used = torch.full((len(rows),), self.n_used)
+        e, s, ctx = self.enter(token, rows, used=used)
         if self.warm is not None:
             s = self.warm[rows]
-        if self.rule:
-            s, used = self.loop_until_exit(s, e, ctx)
-        else:
-            s = self.run_loops(range(self.n), s, e, ctx)
-            used = torch.full((len(s),), self.n_used)
+        s = self.run_stage(self.split, s, e, ctx, used)
         if self.warm is not None:
             self.warm[rows] = s.to(self.warm.dtype)
         hidden = self.leave(s, ctx)
         self.cache.close(ctx.cache, 1)
         return hidden, used
 
-    def loop_until_exit(self, s: Tensor, e: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Return the state (R, 1, C) at which the rule stops each row, and its loops (R,)."""
+    def loop_until_exit(self, number: int, s: Tensor, e: Tensor, ctx: Context):
+        """Return the state (R, 1, C) where the rule stops each row in a stage, and loops (R,)."""
         all_e, all_ctx = e, ctx
         looping = torch.arange(len(s), device=s.device)  # rows that have not stopped
         carry = self.rule.start(s)
         rows, states, loops = [], [], []  # of those that have
-        for i in range(self.n):
-            s = self.run_loops(range(i, i + 1), s, e, ctx)
-            stops, carry = self.asks_to_stop(i, carry, s, ctx)
+        for i in range(self.stages[number].n):
+            s = self.run_loops(range(i, i + 1), s, e, ctx, number)
+            stops, carry = self.asks_to_stop(number, i, carry, s, ctx)
             if not stops.any():
                 continue
             rows.append(looping[stops])
             states.append(s[stops])
             loops.append(torch.full_like(rows[-1], i + 1))
-            self.record_exit(i, states[-1], all_ctx.cache.of_rows(rows[-1]))
+            self.record_exit(number, i, states[-1], all_ctx.cache.of_rows(rows[-1]))
             looping = looping[~stops]
             if len(looping) == 0:
                 break
@@ -436,11 +449,11 @@ class Decoder:
         order = torch.cat(rows).argsort()
         return torch.cat(states)[order], torch.cat(loops)[order].cpu()
 
-    def asks_to_stop(self, i: int, carry: tuple, s: Tensor, ctx: Context) -> tuple[Tensor, tuple]:
-        """Return which rows (R,) stop after loop i, and what the rule carries on."""
+    def asks_to_stop(self, number: int, i: int, carry: tuple, s: Tensor, ctx: Context):
+        """Return which rows (R,) stop after loop i of a stage, and what the rule carries on."""
         if self.state_sums is not None:
             s = self.mean_states(i, s, ctx)
-        if i + 1 == self.n:
+        if i + 1 == self.stages[number].n:
             return torch.ones(len(s), dtype=torch.bool, device=s.device), carry
 
         def logits() -> Tensor:
@@ -459,11 +472,11 @@ class Decoder:
         self.state_sums[i, rows] += s
         return self.state_sums[i, rows] / (ctx.cache.cells + 1).unsqueeze(-1)
 
-    def record_exit(self, i: int, s: Tensor, view: CacheView) -> None:
+    def record_exit(self, number: int, i: int, s: Tensor, view: CacheView) -> None:
         """Let deeper loops of later tokens read what tokens that stop after loop i have there."""
         if self.state_sums is not None:
             self.state_sums[i + 1 :, view.rows[:, 0]] += s
-        self.cache.stages[self.exit_stage].copy_to_deeper(i, view)
+        self.cache.stages[number].copy_to_deeper(i, view)
 
     def draft(self, token: Tensor, rows: Tensor, count: int, n_draft: int, guess: Callable):
         """Draft count tokens behind token (R, 1) with n_draft loops, then verify at full depth.
@@ -614,15 +627,16 @@ def generate(
     slots, n_slot: which loops share cells of the cache (SLOTS); tokens of a prompt see all loops.
     slide: tokens by which a full window of block_size moves on; what stays is computed anew.
         1: nanoGPT's cropping, slow; 0: a quarter of the window.
-    exit_rule: from make_exit; ends the loops of each new token, from min_loops on. Deeper loops of
-        later tokens read the deepest keys and values that it has.
-    warm_start: a token's first state is the last token's last state.
+    exit_rule: from make_exit; ends the loops of each new token, from min_loops on: a StateExit in
+        every looped group, the others in the last, all other groups running in full. Deeper loops
+        of later tokens read the deepest keys and values that it has.
+    warm_start: in the last group, a token's first state is the last token's last state.
     draft_tokens: tokens drafted in each round with draft_loops loops, 0: by the model's heads
         further ahead. Output is distributed as without; at temperature 0 it is the same.
     static: compile decoding, once for any number of loops.
     watch(row, token, loops): called with each new token; True ends the row.
     Returns tokens (B, T + max_new_tokens), -1 behind the end of a row, and stats: loops of each
-    group, loops_used (B, max_new_tokens) of the last group for each new token, lengths (B,),
+    group, loops_used (B, max_new_tokens) of each new token in all groups together, lengths (B,),
     cache_bytes_per_token, drafted and accepted. ValueError for options that cannot be.
     """
     if lengths is None:
@@ -738,8 +752,10 @@ def check_exits(
     counts = model.config.counts(n_loop)
     if not counts and (exit_rule or warm_start):
         raise ValueError("exit_rule and warm_start need a model in which something is looped")
-    if counts and not 1 <= min_loops <= counts[-1]:
-        raise ValueError(f"min_loops={min_loops}: must be from 1 to the {counts[-1]} loops")
+    every_group = exit_rule is not None and exit_rule.every_group
+    exiting = counts if every_group else counts[-1:]
+    if counts and not 1 <= min_loops <= max(exiting):
+        raise ValueError(f"min_loops={min_loops}: must be from 1 to the {max(exiting)} loops")
     averages = isinstance(exit_rule, GateExit) and model.config.exit_gate == "mean_state"
     if averages and lengths.max() + max_new_tokens > model.block_size + 1:
         window = f"block_size={model.block_size}, beyond which its mean cannot be kept"

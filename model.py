@@ -1,16 +1,14 @@
 """
 A GPT in which groups of blocks may be applied several times with the same weights.
 
-    forward:  embed -> stages -> readout             stage: a block, or a looped group of blocks
+    forward:  embed -> stages -> readout             stage: consecutive blocks, looped or not
     loop:     for i in range(n): s = step(s, e, i)   e: what enters the loop, s: its state
     step:     s = norm(blocks(inject(s, e)))         options add: which loop it is, e once more
 
-Prelude, core and coda are the stages before, in and after the loop. Every stage is a Loop: a block
-that is not looped has one whose options are all off, so that it applies the block once. The first
-half of this file is the model; the second, below a double ruler, is a catalogue: the parts that
-options choose, TABLES that say which option is which part, and the checks of the config.
-
-The config is read in __init__ only; an option that is off is a module that does nothing.
+Prelude, core and coda are the stages before, in and after the loop. Every stage is a Loop: where
+nothing is looped, one whose options are all off. The first half of this file is the model; below a
+double ruler follows a catalogue: the parts that options choose, TABLES that say which option is
+which part, checks. The config is read in __init__ only; what is off is a module that does nothing.
 Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D channels of a head, V vocabulary.
 """
 
@@ -18,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -46,7 +45,7 @@ class GPTConfig:
     n_prelude: int = 0  # blocks before the looped core
     n_block: int = 0  # blocks of the looped core; 0: no core
     n_coda: int = 0  # blocks after the looped core
-    n_loop: int = 1  # loops of every group; with a sampled depth, their mean
+    n_loop: int = 1  # loops of every group; with a sampled depth their mean (poisson: 1 less)
     loop_groups: tuple = ()  # [[0,1],[3]] loops blocks 0 and 1 together, and block 3
     loop_counts: tuple = ()  # loops of each group, instead of n_loop
     max_loops: int = 64  # bound of a sampled depth; rows of the learned loop embedding
@@ -121,10 +120,10 @@ class GPTConfig:
 
     @property
     def layout(self) -> tuple:
-        """Blocks and looped groups in order, (block numbers, looped): (((0,), False), ..)."""
-        group_of = {block: (block,) for block in range(self.n_physical)}
-        group_of |= {block: group for group in self.groups for block in group}
-        return tuple((blocks, blocks in self.groups) for blocks in dict.fromkeys(group_of.values()))
+        """Stages in order, (block numbers, looped): (((0, 1), False), ((2,), True), ..)."""
+        group_of = {block: group for group in self.groups for block in group}
+        stages = groupby(range(self.n_physical), group_of.get)
+        return tuple((tuple(blocks), group is not None) for group, blocks in stages)
 
     def counts(self, n_loop: int | tuple | None = None) -> tuple[int, ...]:
         """Return the loops of each group. n_loop: None (the config's), an int, or one per group."""
@@ -295,11 +294,11 @@ class Loop(nn.Module):
 
 
 class Stage(NamedTuple):
-    """A block, or a looped group of blocks, and how often this forward pass applies it."""
+    """Consecutive blocks, all or none of them looped, and how often this pass applies them."""
 
     loop: Loop
-    n: int  # 1 for a block outside every group
-    looped: bool  # in a group, so that n comes from n_loop
+    n: int  # 1 for blocks outside every group
+    looped: bool  # a group, so that n comes from n_loop
 
     def __call__(self, x: Tensor, ctx: Context) -> Tensor:
         return self.loop(x, ctx, self.n)
@@ -439,9 +438,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x[:, [-1]]), None
         logits = self.logits(x)
-        targets = shift_labels(targets, shift)
-        flat = logits.flatten(0, 1).float()  # sums of losses need more digits than bfloat16 has
-        return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1)
+        targets = shift_labels(targets, shift).flatten()
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-1)
 
     @torch.no_grad()
     def loops_representation(self, idx: Tensor, n_loop=None) -> list[list[Tensor]]:
@@ -502,8 +500,8 @@ def shift_labels(targets: Tensor, shift: int | Tensor) -> Tensor:
 def spectral_clip(W: Tensor, beta: float) -> Tensor:
     """Return W (.., m, n) with its singular values above beta brought to beta.
 
-    W - max(P - beta, 0) sign(W) with W = P sign(W), in float32: where the sign of a tiny singular
-    value has not converged, that does no harm (leloykun.github.io/ponder/spectral-clipping).
+    In float32, W - max(P - beta, 0) sign(W) with W = P sign(W): there the sign of a tiny singular
+    value, which has not converged, does no harm (leloykun.github.io/ponder/spectral-clipping).
     """
     if W.size(-2) > W.size(-1):
         return spectral_clip(W.mT, beta).mT
@@ -617,6 +615,8 @@ class ValueEmbedding(nn.Module):
         self.gate = nn.Linear(min(32, config.n_embd), n_head, bias=False)
 
     def forward(self, v: Tensor, x: Tensor, ctx: Context) -> Tensor:  # v (B, T, H, D), x (B, T, C)
+        if ctx.idx.is_floating_point():
+            raise ValueError("value_embedding: needs token ids, embeddings have none")
         gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))  # (B, T, H)
         return v + gate.unsqueeze(-1) * self.table(ctx.idx).view_as(v)
 

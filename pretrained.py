@@ -2,7 +2,7 @@
 Load other people's weights, and export ours:
 
     model = load("hf:HuggingFaceTB/SmolLM2-360M", n_prelude=2, n_block=4, n_coda=2, n_loop=7)
-    python pretrained.py export --out_dir=out-quickstart --to=my-model
+    python pretrained.py export out-quickstart --to=my-model
 
 The first folds a plain model into a loop. load opens checkpoints of ours, nanoGPT's and nanoLOOP's,
 and Hugging Face folders of GPT-2, Llama, Qwen3, OLMo-2, Huginn, Ouro and Parcae; how each of these
@@ -26,31 +26,40 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from configurator import clear_errors, configure, require
-from model import GPT, GPTConfig
+from configurator import clear_errors, configure, freeze, require
+from model import GPT, Diagonal, GPTConfig
 from nanorecur import checkpoint
 from nanorecur.families import (
     GPT2,
     IGNORED,
+    IN_TRANSFORMERS,
+    LOOP,
     OURS,
+    PARCAE,
+    TRAINING,
     Family,
     Piece,
     family_of,
     family_to_export,
+    find_value_embeddings,
     from_nanoloop,
+    gates_have_tables,
     is_nanoloop,
     known_fields,
     pieces,
     read_config,
     spell_out,
+    split_name,
     to_ours,
     to_theirs,
     write_config,
 )
-from nanorecur.files import write_atomically, write_part
+from nanorecur.files import runs_here, write_atomically, write_part
+from nanorecur.tokenizer import tokenizer_of_folder
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # the model to export: a run's folder, or a checkpoint file
+source = ""  # the model to export, anything that load takes; a bare word after export is this too
+out_dir = "out"  # without source: the run to export, its folder or a checkpoint file
 to = ""  # the folder to write
 
 
@@ -61,10 +70,35 @@ def main() -> None:
         if command in ("-h", "--help"):
             configure(globals(), argv=["-h"])
         require("command", command, command == "export", "export")
-        configure(globals(), argv=arguments[1:])
+        configure(globals(), argv=arguments[1:], positional="source")
         require("to", to, to != "", "the folder to write, --to=my-model")
-        ckpt = checkpoint.load(out_dir)
-        export(build(ckpt), to, ckpt.get("tokenizer"))
+        check_exists(source, out_dir)
+        ckpt, model = load_run(source or out_dir, resume=False)
+        tokenizer = ckpt.get("tokenizer") if ckpt else tokenizer_of(source)
+        export(model, to, tokenizer)
+        print(f"{to}: {describe_format(family_to_export(model.config))}")
+
+
+def check_exists(source: str, out_dir: str) -> None:
+    """Raise ValueError that names the runs which lie here where there is nothing to export."""
+    if source:
+        name = source
+        found = name in HUB_NAMES or name.startswith("hf:") or Path(name).exists()
+    else:
+        name = out_dir
+        found = checkpoint.exists(name) or Path(name).is_file()
+    if not found:
+        runs = ", ".join(runs_here()) or "none"
+        raise ValueError(f"{name}: no such checkpoint; runs here: {runs}")
+
+
+def describe_format(family: Family) -> str:
+    """Return what an export's format is called, and what opens it."""
+    if family is OURS:
+        return "nanoRecur's own format; pretrained.load opens it"
+    if family in IN_TRANSFORMERS:
+        return f"{family.name}'s format; transformers and pretrained.load open it"
+    return f"{family.name}'s format; pretrained.load opens it"
 
 
 # -----------------------------------------------------------------------------
@@ -85,21 +119,30 @@ class Stored(NamedTuple):
     read: Callable[[slice], Tensor]  # from a slice of rows
 
 
-def load(source: str | Path, layers: Sequence[int] = (), **overrides) -> GPT:
+def load(
+    source: str | Path, layers: Sequence[int] = (), drop_weights: bool = False, **overrides
+) -> GPT:
     """Return the model of a source, in eval mode, with float32 parameters.
 
     source: a checkpoint file; a run's folder (ours, nanoGPT's, nanoLOOP's); a Hugging Face folder
         (config.json and *.safetensors); hf:<name> for one of the hub, or gpt2, gpt2-medium,
         gpt2-large, gpt2-xl.
     overrides: GPTConfig fields that replace the source's. With n_prelude, n_block and n_coda a
-        plain model is folded into a loop: its first layers, n_block evenly spaced, its last. At one
-        loop it is the source cut to these layers.
+        plain model is folded into a loop: its first layers, n_block evenly spaced, its last.
     layers: numbers of the source's layers to take instead, one for each block.
+    drop_weights: drop what the new model has no place for, such as biases with bias=False, and
+        print to stderr what that was. False: refuse it. Layers that are left out are no such thing.
+
+    At one loop a folded model is its source cut to these layers: the loop's own weights begin so
+    that one loop changes nothing. This allows loop_norm=none, loop_entry=none, loop_exit=none and
+    linear, input_injection=passthrough, inject and diagonal, and add with state_init=zero. Two
+    choices are not the source at one loop, and a line on stderr says so: state_init=noise with add
+    or diagonal, and residual, which adds residual_share of the input. Others are refused.
     Raises ValueError that names what is wrong with the source.
     """
     folder = find_folder(source)
     if checkpoint.exists(folder) or not (folder / "config.json").exists():
-        return build(checkpoint.load(folder), layers, **overrides).eval()
+        return build(checkpoint.load(folder), layers, drop_weights, **overrides).eval()
     try:
         config_json = read_config_json(folder)
         family = family_of(config_json)
@@ -107,15 +150,18 @@ def load(source: str | Path, layers: Sequence[int] = (), **overrides) -> GPT:
         stored = open_safetensors(folder)
         if family is GPT2 and "wte.weight" in stored:  # saved without the head, as the hub's gpt2
             stored = {f"transformer.{name}": tensor for name, tensor in stored.items()}
-        return assemble(args, family, stored, layers, overrides).eval()
+        if family is PARCAE:
+            args, stored = acting_value_embeddings(args, stored)
+        return assemble(args, family, stored, layers, drop_weights, overrides).eval()
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def build(ckpt: dict, layers: Sequence[int] = (), **overrides) -> GPT:
+def build(ckpt: dict, layers: Sequence[int] = (), drop_weights: bool = False, **overrides) -> GPT:
     """Return the model of a checkpoint, the dict that checkpoint.load returns.
 
-    layers, overrides: as in load. Raises ValueError where its model_args or tensors do not fit.
+    layers, drop_weights, overrides: as in load. Raises ValueError where its model_args or tensors
+    do not fit.
     """
     prefix = "_orig_mod."  # added by torch.compile
     weights = {name.removeprefix(prefix): tensor for name, tensor in ckpt["model"].items()}
@@ -124,7 +170,7 @@ def build(ckpt: dict, layers: Sequence[int] = (), **overrides) -> GPT:
         args, weights = from_nanoloop(args, weights)
     args = known_fields(args, "the checkpoint's model_args")
     stored = {name: Stored(tuple(w.shape), w.__getitem__) for name, w in weights.items()}
-    return assemble(args, OURS, stored, layers, overrides)
+    return assemble(args, OURS, stored, layers, drop_weights, overrides)
 
 
 def new_model(config: GPTConfig) -> GPT:
@@ -136,29 +182,44 @@ def new_model(config: GPTConfig) -> GPT:
         raise ValueError(f"there is no memory for a model of these sizes ({reason})") from None
 
 
-def load_run(source: str | Path, resume: bool, **overrides) -> tuple[dict, GPT]:
+def load_run(
+    source: str | Path,
+    resume: bool,
+    ckpt: dict | None = None,
+    layers: Sequence[int] = (),
+    drop_weights: bool = False,
+    **overrides,
+) -> tuple[dict, GPT]:
     """Return (checkpoint, model) of a source to train on; {} for one that is no checkpoint.
 
     resume: take the weights that were trained where the checkpoint's "model" is their moving
     average, which is then in "averaged_model".
+    ckpt: the source's checkpoint where it was read before; it stays as it is.
+    layers, drop_weights, overrides: as in load.
     """
-    if not (resume or checkpoint.exists(source) or Path(source).is_file()):
-        return {}, load(source, **overrides)
-    ckpt = checkpoint.load(source)
+    if ckpt is None and not (resume or checkpoint.exists(source) or Path(source).is_file()):
+        return {}, load(source, layers, drop_weights, **overrides)
+    ckpt = dict(checkpoint.load(source) if ckpt is None else ckpt)
     ckpt["averaged_model"] = ckpt["model"]
     if resume and "training_model" in ckpt:
         ckpt["model"] = ckpt["training_model"]
-    return ckpt, build(ckpt, **overrides)
+    return ckpt, build(ckpt, layers, drop_weights, **overrides)
 
 
 def tokenizer_of(source: str | Path) -> dict | None:
     """Return the tokenizer that a source of load names, as make_tokenizer takes it, or None."""
-    path = Path(str(source).removeprefix("hf:"))
-    if checkpoint.exists(path) or path.is_file():
-        return checkpoint.load(path).get("tokenizer")
-    if (path / "config.json").exists():
-        return read_config_json(path).get("tokenizer")
-    return None
+    folder = find_folder(source)
+    if checkpoint.exists(folder) or folder.is_file():
+        return checkpoint.load(folder).get("tokenizer")
+    if not (folder / "config.json").exists():
+        return None
+    tokenizer = read_config_json(folder).get("tokenizer")
+    if not isinstance(tokenizer, dict):
+        return tokenizer_of_folder(folder)
+    if tokenizer.get("tokenizer") == "huggingface":  # export has put its text into a file
+        text = (folder / "tokenizer.json").read_text("utf-8")
+        tokenizer = {**tokenizer, "tokenizer_json": text}
+    return tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -236,6 +297,27 @@ def read_rows(path: Path, name: str, rows: slice) -> Tensor:
         return file.get_slice(name)[rows]
 
 
+def acting_value_embeddings(args: dict, stored: dict[str, Stored]) -> tuple[dict, dict]:
+    """Return the fields and tensors of a Parcae model, with the value embeddings that act.
+
+    With an odd number of blocks the released code may give a gate to one block and a table to the
+    next: neither acts. They are left out; where other blocks have both, a table of zeros, which
+    adds as little, stands for the one without a gate.
+    """
+    check_size(args, stored)
+    config = GPTConfig(**args)
+    found = find_value_embeddings(config, stored)
+    if not found.idle or gates_have_tables(config):
+        return args, stored
+    print(f"value embeddings that do not act: {', '.join(found.idle)}", file=sys.stderr)
+    kept = {name: tensor for name, tensor in stored.items() if name not in found.idle}
+    if not found.acting:
+        return args | {"value_embedding": False}, kept
+    for name, shape in found.without_gate.items():
+        kept[name] = Stored(shape, torch.zeros(()).expand(shape).__getitem__)
+    return args, kept
+
+
 # -----------------------------------------------------------------------------
 # folding a plain model into a loop
 
@@ -275,6 +357,8 @@ def fold(source: GPTConfig, layers: Sequence[int], overrides: dict) -> Folding:
     exist = set(layers) <= set(range(source.n_layer))
     allowed = f"{config.n_physical} numbers below {source.n_layer}"
     require("layers", layers, len(layers) == config.n_physical and exist, allowed)
+    if config.groups:
+        check_one_loop(config)
     return Folding(config, layers, folded=True)
 
 
@@ -288,29 +372,71 @@ def spread(n_layer: int, config: GPTConfig) -> tuple[int, ...]:
     return (*range(n_prelude), *core, *range(n_layer - n_coda, n_layer))
 
 
+def check_one_loop(config: GPTConfig) -> None:
+    """Raise ValueError for options with which one loop cannot compute what its blocks alone do.
+
+    Noise and residual's share of the input can be meant so: a line on stderr says what they do.
+    """
+    goal = "so that one loop is the source"
+    for name in ("loop_norm", "loop_entry"):
+        value = getattr(config, name)
+        require(name, value, value == "none", f"none {goal}")
+    injection, start = config.input_injection, config.state_init
+    require("loop_exit", config.loop_exit, config.loop_exit != "final_norm", f"linear, none {goal}")
+    if injection == "add":
+        require("state_init", start, start != "input", f"zero with input_injection=add {goal}")
+    if injection == "residual":
+        allowed = f"input with input_injection=residual {goal}"
+        require("state_init", start, start == "input", allowed)
+        cause = f"input_injection=residual adds {config.residual_share} of the input"
+        print(f"at one loop not the source: {cause}", file=sys.stderr)
+    if start == "noise" and injection in ("add", "diagonal"):
+        print("at one loop not the source: state_init=noise", file=sys.stderr)
+
+
 @torch.no_grad()
 def pass_through(model: GPT) -> None:
     """Fill what a loop adds to a plain model so that one loop computes what the model did."""
-    for module in model.transformer.loops.modules():
-        for p in module.parameters(recurse=False):
-            nn.init.constant_(p, 1.0 if isinstance(module, nn.RMSNorm) else 0.0)
-        if hasattr(module, "init"):
-            module.init()
-        elif isinstance(module, nn.Linear):  # the exit
-            nn.init.eye_(module.weight)
+    for loop in model.transformer.loops:
+        for module in loop.modules():
+            for p in module.parameters(recurse=False):
+                nn.init.constant_(p, 1.0 if isinstance(module, nn.RMSNorm) else 0.0)
+            if hasattr(module, "init"):
+                module.init()
+            elif isinstance(module, nn.Linear):  # the exit
+                nn.init.eye_(module.weight)
+        if isinstance(loop.inject, Diagonal):
+            undo_decay(loop.inject, model.config.state_init)
+
+
+def undo_decay(inject: Diagonal, state_init: str) -> None:
+    """Set B of decay * s + dt * B e so that the first loop's injection is e; noise counts as 0."""
+    dt = nn.functional.softplus(inject.dt_bias)
+    share = torch.ones_like(dt)
+    if state_init == "input":  # s is e, and decay * e is there already
+        share = 1 - torch.exp(-dt * inject.A_log.exp())
+    inject.weight.copy_(torch.diag(share / dt))
 
 
 # -----------------------------------------------------------------------------
 # putting a model together
 
 CHUNK = 2**22  # values read at a time
-ADDABLE = ("exit_gate.", "ahead.", "prefix.")  # a trained model may get these; 0 has no effect
+ADDABLE = ("exit_gate.", "ahead.", "prefix.")  # a trained model may get these, filled with 0
 
 
 def assemble(
-    args: dict, family: Family, stored: dict[str, Stored], layers: Sequence[int], overrides: dict
+    args: dict,
+    family: Family,
+    stored: dict[str, Stored],
+    layers: Sequence[int],
+    drop_weights: bool,
+    overrides: dict,
 ) -> GPT:
-    """Return the model of GPTConfig fields (args, replaced by overrides) and stored tensors."""
+    """Return the model of GPTConfig fields (args, replaced by overrides) and stored tensors.
+
+    layers, drop_weights: as in load.
+    """
     check_size(args, stored)
     source = GPTConfig(**args)
     folding = fold(source, layers, overrides)
@@ -323,7 +449,10 @@ def assemble(
         tensors[name].zero_()
     read = {name: tensor for name, tensor in tensors.items() if name not in new}
     to_read = list(pieces(family, config, read, folding.layers))
-    check_fit(to_read, stored, unread_names(family, source, folding), changes(args, overrides))
+    extra = find_extra(family, source, folding, stored, to_read)
+    changed = changes(source, folding, overrides)
+    check_fit(to_read, stored, extra.unknown, changed)
+    check_dropped(extra.dropped, drop_weights, changed)
     for piece in to_read:
         read_piece(piece, stored[piece.theirs])
     for name in read:
@@ -343,23 +472,62 @@ def new_tensors(source: GPTConfig, folding: Folding, names: Iterable[str]) -> se
     return new
 
 
-def unread_names(family: Family, source: GPTConfig, folding: Folding) -> set[str]:
-    """Return the stored tensors that the source may have and the model need not read."""
-    names = {"lm_head.weight"} if folding.config.tie_weights else set()
-    if folding.folded:  # layers that are left out
-        every_layer = range(source.n_physical)
-        for piece in pieces(family, source, meta_tensors(source), every_layer):
-            names.add(piece.theirs)
-    return names
+class Extra(NamedTuple):
+    """Names of stored tensors that a model does not read, though it should."""
+
+    unknown: list[str]  # the source itself has no place for them either
+    dropped: list[str]  # the source uses them, the model has no place for them
 
 
-def changes(args: dict, overrides: dict) -> list[str]:
+def find_extra(
+    family: Family, source: GPTConfig, folding: Folding, stored: dict, to_read: list[Piece]
+) -> Extra:
+    """Return the stored tensors that are not read, except a tied head, layers left out, masks."""
+    placed = {piece.theirs for piece in to_read}
+    if source.tie_weights:
+        placed.add("lm_head.weight")
+    names = {name for name in stored if name not in placed and not name.endswith(IGNORED)}
+    if not names:
+        return Extra([], [])
+    used, left_out = set(), set()
+    for piece in pieces(family, source, meta_tensors(source), range(source.n_physical)):
+        block, _ = split_name(piece.ours)
+        if block is None or block in folding.layers:
+            used.add(piece.theirs)
+        else:
+            left_out.add(piece.theirs)
+    if folding.folded:
+        names -= left_out
+    return Extra(sorted(names - used), sorted(names & used))
+
+
+def check_dropped(names: list[str], drop_weights: bool, changes: list[str]) -> None:
+    """Print which tensors are dropped, or raise ValueError that names the first of them."""
+    if not names:
+        return
+    shown = f"tensors that the new model has no place for ({names[0]}, ...)"
+    if len(names) == 1:
+        shown = f"tensor that the new model has no place for ({names[0]})"
+    what = f"{len(names)} {shown}"
+    allowed = ", ".join([f"True to drop {what}", *changes])
+    require("drop_weights", drop_weights, drop_weights, allowed)
+    print(f"dropped: {what}", file=sys.stderr)
+
+
+# fields that fold a model: their change is no reason why a tensor of its blocks does not fit
+FOLD_SIZES = ("n_layer", "n_prelude", "n_block", "n_coda", "n_loop", "loop_groups", "loop_counts")
+FOLD_FIELDS = FOLD_SIZES + TRAINING + LOOP
+
+
+def changes(source: GPTConfig, folding: Folding, overrides: dict) -> list[str]:
     """Describe the overrides that differ from the source's fields."""
-    differing = {name: value for name, value in overrides.items() if value != args.get(name)}
-    return [
-        f"{name}={value} where the checkpoint has {args.get(name)}"
-        for name, value in differing.items()
-    ]
+    lines = []
+    for name, value in overrides.items():
+        before = getattr(source, name)
+        folds = folding.folded and name in FOLD_FIELDS
+        if freeze(value) != freeze(before) and not folds:
+            lines.append(f"{name}={value} where the checkpoint has {before}")
+    return lines
 
 
 def read_piece(piece: Piece, stored: Stored) -> None:
@@ -454,16 +622,15 @@ def check_limit(name: str, sizes: dict, ok: bool, stored: dict[str, Stored]) -> 
 
 
 def check_fit(
-    to_read: list[Piece], stored: dict[str, Stored], unread: set[str], changes: list[str]
+    to_read: list[Piece], stored: dict[str, Stored], unknown: list[str], changes: list[str]
 ) -> None:
     """Raise ValueError that names the first tensor that is missing, of another shape or unknown.
 
-    unread: stored tensors that need not be read. changes: what was overridden, for the message.
+    unknown: stored tensors that are in no model. changes: what was overridden, for the message.
     """
     expected = {piece.theirs: piece for piece in to_read}
     wrong = sorted(name for name, piece in expected.items() if not fits(piece, stored.get(name)))
-    known = expected.keys() | unread
-    wrong += sorted(name for name in stored if name not in known and not name.endswith(IGNORED))
+    wrong += unknown
     if wrong:
         name = wrong[0]
         found = stored[name].shape if name in stored else "missing"
@@ -492,13 +659,19 @@ def export(model: GPT, folder: str | Path, tokenizer: dict | None = None) -> Non
     GPT-2, Llama, Qwen3 and OLMo-2 then open in transformers. Without a family that computes the
     same, the format is ours. load(folder) returns the same model, bit for bit; options of training
     are kept in our format alone.
-    tokenizer: as make_tokenizer takes it, kept in config.json.
+    tokenizer: as make_tokenizer takes it, kept in config.json, a Hugging Face tokenizer's text in
+        tokenizer.json.
+    Raises ValueError for a folder that holds a run, or weights in other files.
     """
     from safetensors.torch import save_file
 
+    folder = Path(folder)
+    check_target(folder)
     family = family_to_export(model.config)
     config = model.config if family is OURS else spell_out(model.config)
     config_json = write_config(family, config)
+    tokenizer = dict(tokenizer or {})
+    tokenizer_json = tokenizer.pop("tokenizer_json", None)
     if tokenizer:
         config_json["tokenizer"] = tokenizer
     tensors = stored_tensors(family, config, model.state_dict())
@@ -506,11 +679,24 @@ def export(model: GPT, folder: str | Path, tokenizer: dict | None = None) -> Non
     def save(file: BinaryIO) -> None:
         save_file(tensors, file.name, {"format": "pt"})
 
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "model.safetensors"
     os.replace(write_part(weights, save), weights)
+    if tokenizer_json is None:
+        (folder / "tokenizer.json").unlink(missing_ok=True)  # an earlier export's
+    else:
+        write_atomically(folder / "tokenizer.json", tokenizer_json.encode())
     write_atomically(folder / "config.json", json.dumps(config_json, indent=2).encode())
+
+
+def check_target(folder: Path) -> None:
+    """Raise ValueError where an export would damage a run, or lie beside weights of others."""
+    for path in sorted(folder.glob("*")):
+        of_a_run = path.name.startswith("ckpt") or path.name == "log.jsonl"
+        is_weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
+        is_weights = is_weights and path.name != "model.safetensors"
+        allowed = f"another one, since it holds {path.name}"
+        require("folder", str(folder), not (of_a_run or is_weights), allowed)
 
 
 def stored_tensors(

@@ -1,11 +1,12 @@
 """
-Text from a trained model:
+Write text from a trained model:
 
-    python sample.py --out_dir=out-quickstart --start="def loop(" --n_loop=8
-    python sample.py --out_dir=out-quickstart --start=FILE:prompt.txt --temperature=0
-    python sample.py --out_dir=out-quickstart --automatic_loop_exit --color    exit early, in color
-    python sample.py --out_dir=out-quickstart --draft_tokens=4 --draft_loops=1    same text, sooner
-    python sample.py --out_dir=out-quickstart --chat                  continue each line you type
+    python sample.py out-quickstart --start="def loop(" --n_loop=8
+    python sample.py out-quickstart --start=FILE:prompt.txt --temperature=0
+    python sample.py out-quickstart --automatic_loop_exit --color       exit early, in color
+    python sample.py out-quickstart --draft_tokens=4 --draft_loops=1    the same text, sooner
+    python sample.py out-quickstart --chat                              continue each line you type
+    python sample.py gpt2 --start="The loop"                            other people's weights
 
 All samples are made in one batch; the first is printed as it comes.
 """
@@ -17,15 +18,18 @@ from pathlib import Path
 import torch
 
 import pretrained
-from configurator import check_ranges, clear_errors, configure
+from configurator import check_ranges, clear_errors, configure, require
 from decode import generate
-from nanorecur.dataset import make_tokenizer
+from nanorecur import checkpoint
 from nanorecur.exit_rules import make_exit
+from nanorecur.files import runs_here
 from nanorecur.hardware import autocast, compile_works, pack, pick_device, pick_dtype
+from nanorecur.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
 # what is printed
-out_dir = "out"  # folder of a run, a checkpoint file, an exported folder, gpt2, or hf:<name>
+out_dir = "out"  # the folder of a run
+source = ""  # or a checkpoint file, an exported folder, gpt2, hf:<name>; the first bare argument
 start = "\n"  # the prompt, or FILE:prompt.txt
 num_samples = 3
 max_new_tokens = 500  # tokens of each sample
@@ -58,20 +62,28 @@ slots = "full"  # what loops share in the cache: full (nothing), last, mod, firs
 n_slot = 1  # loops with cells of their own, of slots=last and mod
 slide = 0  # tokens by which a full window moves on; 1 is slow; 0: a quarter of the window
 jsonl = False  # print a line of JSON for each sample
-configure(globals())
+_, given = configure(globals(), positional="source")
+
+NEEDS = {  # options that act only beside another one
+    "exit_rule": "automatic_loop_exit",
+    "automatic_loop_exit_threshold": "automatic_loop_exit",
+    "min_loops": "automatic_loop_exit",
+    "draft_loops": "draft_tokens",
+}
+SHADES = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)  # of 256 colors: green to red
 
 
 # -----------------------------------------------------------------------------
 class Sample:
     """A sample as it grows token by token; it ends before a stop string."""
 
-    def __init__(self, live: bool):
-        """live: print text as it comes."""
+    def __init__(self, prompt: str, live: bool):
+        """prompt: printed before the first token. live: print text as it comes."""
         self.live = live
         self.ids, self.loops = [], []
         self.text = ""  # of all tokens, without what follows a stop string
         self.n_final = 0  # characters that further tokens cannot change
-        self.pieces = []  # of the final text, colored
+        self.unprinted = [prompt]  # final text, colored
 
     def add(self, token: int, loops: int) -> bool:
         """Add a token; return True where the sample ends."""
@@ -86,22 +98,22 @@ class Sample:
             self.text = text
             # the last characters may turn into another one, or into a stop string
             n_final = len(text.rstrip("\ufffd")) - longest_stop_begun(text)
-        self.write(text[self.n_final : n_final], loops)
+        self.unprinted.append(colored(text[self.n_final : n_final], loops))
         self.n_final = max(self.n_final, n_final)
+        if self.live:
+            self.show()
         return bool(ends)
 
-    def write(self, text: str, loops: int) -> None:
-        piece = colored(text, loops) if text else ""
-        self.pieces.append(piece)
-        if self.live:
-            print(piece, end="", flush=True)
+    def show(self) -> None:
+        """Print the final text that has not been printed."""
+        print(*self.unprinted, sep="", end="", flush=True)
+        self.unprinted = []
 
     def close(self) -> None:
-        """Print what has not been printed."""
-        if not self.live:
-            print(*self.pieces, sep="", end="")
-        remaining = self.text[self.n_final :]
-        print(colored(remaining, self.loops[-1]) if remaining else "", end="", flush=True)
+        """Print all that has not been printed."""
+        if self.ids:
+            self.unprinted.append(colored(self.text[self.n_final :], self.loops[-1]))
+        self.show()
 
 
 def longest_stop_begun(text: str) -> int:
@@ -116,16 +128,18 @@ def longest_stop_begun(text: str) -> int:
 
 def colored(text: str, loops: int) -> str:
     """Return a text in the color of its loops, for a terminal of 256 colors."""
-    if not color:
+    if not color or not text:
         return text
-    shades = (46, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
-    shade = shades[min(10, 10 * loops // deepest)]
+    shade = SHADES[min(10, 10 * loops // deepest)]
     return f"\x1b[30;48;5;{shade}m{text}\x1b[0m"
 
 
-def sample(prompt: list[int], count: int) -> tuple[list[Sample], dict]:
-    """Return count continuations of the prompt's tokens, and the statistics of generate()."""
-    samples = [Sample(live=row == 0 and not jsonl) for row in range(count)]
+def sample(prompt: list[int], count: int, shown: str = "") -> tuple[list[Sample], dict]:
+    """Return count continuations of the prompt's tokens, and the statistics of generate().
+
+    shown: text that is printed before each sample.
+    """
+    samples = [Sample(shown, live=row == 0 and not jsonl) for row in range(count)]
     idx = torch.tensor([prompt] * count, device=device)
 
     def watch(row: int, token: int, loops: int) -> bool:
@@ -165,34 +179,68 @@ def read_text(text: str) -> str:
     return Path(text.removeprefix("FILE:")).read_text("utf-8", "surrogateescape")
 
 
+def check_effects() -> None:
+    """Raise ValueError where an option is given that has no effect beside the others."""
+    for name, other in NEEDS.items():
+        acts = name not in given or globals()[other]
+        require(name, globals()[name], acts, f"left out, or with --{other}")
+    for name in ("start", "num_samples", "jsonl"):
+        require(name, globals()[name], not (chat and name in given), "left out with --chat")
+    require("color", color, not (color and jsonl), "left out with --jsonl")
+    acts = "n_slot" not in given or slots in ("last", "mod")
+    require("n_slot", n_slot, acts, "left out, or with --slots=last or mod")
+
+
+def find_source() -> str:
+    """Return what pretrained.load takes: --source, or else --out_dir where it holds a run."""
+    if source:
+        return source
+    if checkpoint.exists(out_dir):
+        return out_dir
+    runs = ", ".join(runs_here()) or "none"
+    other = f"--source={out_dir} takes other people's weights and exports"
+    raise ValueError(f"{out_dir}: no such checkpoint; runs here: {runs}; {other}")
+
+
 # -----------------------------------------------------------------------------
 with clear_errors():
     limits = {"num_samples": 1, "max_new_tokens": 0, "top_k": 0, "n_loop": 0}
     check_ranges(globals(), {name: (least, torch.inf) for name, least in limits.items()})
+    check_effects()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     start = read_text(start)
     stops = read_text(stop).splitlines() if stop.startswith("FILE:") else [stop]
     stops = [word for word in stops if word]
-    model = pretrained.load(out_dir).to(device)
-    known = pretrained.tokenizer_of(out_dir)
+    source = find_source()
+    model = pretrained.load(source).to(device)
+    known = pretrained.tokenizer_of(source)
     if not known and not 50257 <= model.config.vocab_size <= 50304:  # GPT-2's ids, maybe padded
         ids = f"{model.config.vocab_size} ids are not GPT-2's 50,257"
-        raise ValueError(f"{out_dir}: names no tokenizer, and {ids}")
+        raise ValueError(f"{source}: names no tokenizer, and {ids}")
     tokenizer = make_tokenizer(known or {"tokenizer": "gpt2"})
     prompt = [] if chat else tokenizer.encode(start)
     if not prompt and not chat:
         raise ValueError("the prompt is empty: give --start some text, or a file that holds some")
+    if max(prompt, default=0) >= model.config.vocab_size:
+        ids = f"id {max(prompt)} is beyond vocab_size={model.config.vocab_size}"
+        raise ValueError(f"{source}: its tokenizer is not of this model, {ids}")
+    counts = model.config.counts(n_loop or None)
+    require("n_loop", n_loop, counts or n_loop == 0, "0 where nothing is looped")
+    deepest = max(1, sum(counts))  # loops of a token, of all groups together
     rule = None
     if automatic_loop_exit:
         rule = make_exit(model, exit_rule, automatic_loop_exit_threshold)
-    deepest = max((*model.config.counts(n_loop or None), 1))
 
 if device.type == "cuda":
     torch.set_float32_matmul_precision("high")  # TF32
 compile = compile and compile_works(device)
 packed = device.type == "cpu" and not compile and pack(model, dtype)
 generator = torch.Generator(device).manual_seed(seed)
+
+if color:
+    few, most = colored(" 1 ", 1), colored(f" {deepest} ", deepest)
+    print(f"loops of a token, from few to all: {few} to {most}", file=sys.stderr)
 
 while chat:
     try:
@@ -206,21 +254,18 @@ while chat:
     print()
     prompt += answer.ids
 
-if not jsonl:
-    print(start, end="", flush=True)
-samples, stats = sample(prompt, num_samples)
-for number, one in enumerate(samples):
+samples, stats = sample(prompt, num_samples, start)
+for one in samples:
     if jsonl:
         entry = {"prompt": start, "text": one.text, "tokens": one.ids, "loops": one.loops}
         print(json.dumps(entry))
         continue
-    if number:
-        print(start, end="")
     one.close()
     print("\n---------------")
 cache_bytes = f"{stats['cache_bytes_per_token']:,} bytes of cache per token"
 print(f"loops per token {stats['loops']}, {cache_bytes}", file=sys.stderr)
-if rule or draft_tokens:
+if rule:
     used = torch.tensor([loops for one in samples for loops in one.loops], dtype=torch.float)
-    drafts = f"{stats['accepted']} of {stats['drafted']} drafts accepted"
-    print(f"loops used {used.mean():.2f} of {deepest}; {drafts}", file=sys.stderr)
+    print(f"loops used {used.mean():.2f} of {deepest}", file=sys.stderr)
+if draft_tokens:
+    print(f"{stats['accepted']} of {stats['drafted']} drafts accepted", file=sys.stderr)

@@ -7,9 +7,9 @@ Train a looped GPT, on one device or on many:
     torchrun --nnodes=2 --node_rank=0 --nproc_per_node=8 --master_addr=... train.py config/...
 
 The same command with --init_from=auto goes on where the run in out_dir stopped, bit for bit: all
-that is random in a step follows from (seed, iteration, rank), and the order of the data from (seed,
-position), on any number of processes. SIGTERM and SIGINT end a run after the step it is in, saved,
-with exit code 128 + signal; SIGUSR1 saves and goes on.
+that is random in a step follows from (seed, iteration, rank), the order of data from (seed,
+position); options that are not repeated come from the checkpoint. SIGTERM and SIGINT end a run
+after the step it is in, saved, with exit code 128 + signal; SIGUSR1 saves and goes on.
 """
 
 import functools
@@ -28,17 +28,15 @@ import torch
 import pretrained
 from configurator import clear_errors, configure, require
 from model import GPTConfig, sample_loops, shift_labels
-from nanorecur import checkpoint, evaluation, optim
+from nanorecur import checkpoint, evaluation, hardware, optim, options, resuming, run_log
+from nanorecur.compilation import compile_parts
 from nanorecur.corpus import Stream, open_stream
 from nanorecur.dataset import Split, load_meta, open_split, random_key
-from nanorecur.exit_rules import make_exit
 from nanorecur.files import write_atomically
-from nanorecur.hardware import DTYPES, autocast, compile_works, peak_flops, pick_device, pick_dtype
 from nanorecur.objectives import Objective, sample_shifts, select_trained
-from nanorecur.options import check_options, pad_vocab
 from nanorecur.parallel import Processes, ShardedProcesses
 from nanorecur.recompute import recompute_activations
-from nanorecur.run_log import RunLog
+from nanorecur.tokenizer import same_tokenizer, tokenizer_fields
 
 # -----------------------------------------------------------------------------
 # the run; all defaults are those of GPT-2 (124M) on OpenWebText
@@ -55,7 +53,7 @@ always_save_checkpoint = True  # False: save only when the validation loss is th
 log_interval = 1  # steps between lines of the log
 wandb_log = False  # log to Weights & Biases too
 wandb_project = "nanorecur"
-wandb_run_name = "run"
+wandb_run_name = ""  # default: the name of out_dir, with blocks and loops
 # data
 dataset = "openwebtext"  # a folder in data/, or the path of a prepared folder
 batch_size = 12  # windows of block_size tokens in one micro-step of one process
@@ -72,12 +70,13 @@ grad_clip = 1.0  # largest norm of the gradient; 0: no bound
 # learning rate schedule
 decay_lr = True  # False: the largest rate in every step
 warmup_iters = 2000  # steps of linear warm-up
-lr_decay_iters = 600000  # step at which the rate is min_lr
+lr_decay_iters = 0  # step at which the rate is min_lr; 0: max_iters
 min_lr = 6e-5
 # device
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype = "auto"  # float32, or bfloat16 for matrix products; auto: bfloat16 on a GPU that has it
-compile = True  # compile the blocks, once for any number of loops
+compile = True  # compile the model's stages, once for any number of loops
+deterministic = False  # the same bits in every run on a GPU too, at a cost in speed
 # rarely: objective
 objective = "next"  # next; by every loop: deep, distill, exit, exit_gate, confidence (see README)
 loss_weighting = "uniform"  # objective=deep: weight of the loss after loop t: uniform, linear in t
@@ -90,7 +89,7 @@ loop_warmup_iters = 0  # steps over which loop counts rise to their value; 0: of
 loop_warmup = "linear"  # how they rise: linear, or sqrt: 1 - sqrt(1 - t) (arXiv 2511.07384)
 # rarely: optimizer
 lr_schedule = "cosine"  # after the warm-up: cosine, linear, wsd (hold, then linear), constant
-hold_iters = 400000  # lr_schedule=wsd: step at which the rate begins to fall
+hold_iters = 0  # lr_schedule=wsd: step at which the rate begins to fall; 0: two thirds of the way
 weight_decay_all = False  # decay norms, biases and embeddings too
 spike_factor = 0.0  # skip steps whose gradient is longer than this times its median; 0: off
 max_skips = 10  # stop after more skipped steps in a row, for spikes, NaN or Inf
@@ -107,10 +106,15 @@ automatic_loop_exit_threshold = (
 )
 save_interval = 0  # steps between further checkpoints; 0: none
 keep_last = 2  # number of checkpoints kept
+keep_every = 0  # steps between checkpoints that are kept for good, as ckpt_<step>.pt; 0: none
 wandb_mode = "online"  # online, offline
-# rarely: data
+# rarely: data, weights to begin with
+layers = ()  # of a plain model in init_from: the layers to take, one for each block; (): evenly
+drop_weights = False  # begin without those weights of init_from that the model has no place for
+allow_other_tokenizer = False  # train on tokens of another tokenizer than that of init_from
 stream = False  # read the corpus that the folder's prepare.py names while training; store nothing
 input_files = ""  # with stream: local .parquet, .jsonl or .txt files instead of the hub
+val_share = 0.0  # with stream: share of documents held out for validation; 0: as prepared
 # rarely: memory and processes
 loss_chunk = 0  # tokens whose logits exist at once, to save memory; 0: all
 recompute = "none"  # recompute activations to save memory: cheap (no products), block, loop
@@ -124,57 +128,70 @@ config, given = configure(globals(), ("model.py", "GPTConfig"))
 # check everything that was asked for, before anything is written
 processes = ShardedProcesses() if shard else Processes()
 rank, world_size = processes.rank, processes.world_size
+has_checkpoint = checkpoint.exists(out_dir)
+resume = init_from == "resume" or (init_from == "auto" and has_checkpoint)
+fresh = init_from in ("scratch", "auto") and not resume
+ckpt, changed = {}, {}
 with clear_errors():
-    check_options(config, processes)
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
-    has_checkpoint = checkpoint.exists(out_dir)
-    fresh = init_from == "scratch" or (init_from == "auto" and not has_checkpoint)
-    resume = init_from == "resume" or (init_from == "auto" and has_checkpoint)
+    if resume:  # options that were not given are those of the checkpoint
+        ckpt = checkpoint.load(out_dir)
+        config, changed = resuming.continued(config, given, ckpt)
+        globals().update({name: config[name] for name in config if name in globals()})
+    options.check_options(config, processes)
+    objective = options.objective_of(config)
+    run_log.check_wandb(config)
+    device = hardware.pick_device(device)
+    dtype = hardware.pick_dtype(dtype, device)
+    if deterministic:
+        hardware.make_deterministic()
     may_write = resume or eval_only or not has_checkpoint
-    allowed = "free of other runs; --init_from=auto goes on with this one"
+    allowed = f"free of other runs; --init_from=auto goes on with this one, {resuming.ANOTHER_RUN}"
     require("out_dir", out_dir, may_write, allowed)
+    iter_num = ckpt["iter_num"] if resume else 0
+    finished = resume and not eval_only and checkpoint.is_finished(out_dir, iter_num, max_iters)
+    writes = not (eval_only or finished)  # a run's record is not changed by looking at it
 
     # data: meta says what the token files hold
     data_dir = Path(__file__).parent / "data" / dataset
     if stream:
         n_held_out = eval_iters * batch_size * config["block_size"] + 1
-        corpus, meta, held_out = open_stream(data_dir, input_files, n_held_out)
+        corpus, meta, held_out = open_stream(data_dir, input_files, n_held_out, val_share)
     else:
         meta = load_meta(data_dir)
-    tokenizer = {name: meta[name] for name in ("tokenizer", "chars") if name in meta}
 
     # model: all options for a fresh one; else those of the checkpoint, and those given on top
     torch.manual_seed(seed)
     model_args = {name: config[name] for name in GPTConfig.__dataclass_fields__}
+    tokenizer = tokenizer_fields(meta)
     if fresh:
         if "vocab_size" not in given:
-            model_args["vocab_size"] = pad_vocab(meta["vocab_size"])
+            model_args["vocab_size"] = options.pad_vocab(meta["vocab_size"])
         if "row" in meta and "block_size" not in given:  # a task's rows have one length
             model_args["block_size"] = meta["row"]["length"] - 1
-        ckpt, raw_model = {}, pretrained.new_model(GPTConfig(**model_args))
+        raw_model = pretrained.new_model(GPTConfig(**model_args))
     else:
         overrides = {name: value for name, value in model_args.items() if name in given}
         source = out_dir if resume else init_from
-        ckpt, raw_model = pretrained.load_run(source, resume, **overrides)
-        matches = ckpt.get("tokenizer", tokenizer) == tokenizer
-        require("dataset", dataset, matches, "one with the tokenizer of the checkpoint")
-    if resume:
-        complete = {"iter_num", "best_val_loss", "optimizer"} <= set(ckpt)
-        allowed = "what fine-tunes: the checkpoint in out_dir lacks the run's state"
-        require("init_from", init_from, complete, allowed)
-        known = optimizer in ckpt["optimizer"]
-        require("optimizer", optimizer, known, "the one that the run was trained with")
+        chosen = () if resume else layers  # a run that goes on has these layers already
+        ckpt, raw_model = pretrained.load_run(
+            source, resume, ckpt or None, chosen, drop_weights, **overrides
+        )
+        known = ckpt.get("tokenizer") or pretrained.tokenizer_of(source) or tokenizer
+        matches = same_tokenizer(known, tokenizer) or allow_other_tokenizer
+        allowed = "one with the tokenizer of the checkpoint, or --allow_other_tokenizer"
+        require("dataset", dataset, matches, allowed)
+    data_identity = {} if stream else resuming.identity_of(meta)
+    if resume and writes:
+        resuming.check_state(init_from, ckpt)
+        resuming.check_data(dataset, data_identity, ckpt)
     weights = (loss_weighting, entropy_weight, distill_weight, ahead_weight)
     raw_objective = Objective(raw_model, objective, loss_chunk, *weights)
-    if automatic_loop_exit:
-        make_exit(raw_model, exit_rule, automatic_loop_exit_threshold)  # refuses what cannot be
     model_args = asdict(raw_model.config)
     config.update(model_args)
+    options.check_against_model(config, raw_model)
+    warnings = options.warnings_of(config, given, sys.argv[1:], raw_model.config)
     block_size = raw_model.config.block_size
     known_ids = min(meta["vocab_size"], raw_model.config.vocab_size)
-    allowed = f"from 0 to block_size={block_size}"
-    require("eval_stride", eval_stride, 0 <= eval_stride <= block_size, allowed)
 
     # splits; a streamed run trains on lanes, one for each micro-step of all processes
     if stream:
@@ -191,7 +208,7 @@ with clear_errors():
         splits = {name: open_split(data_dir, name, meta, block_size, known_ids) for name in names}
 
     # from here on files are written
-    if processes.is_first and not eval_only:
+    if processes.is_first and writes:
         os.makedirs(out_dir, exist_ok=True)
         lock_file = checkpoint.lock(out_dir)
         unchanged = checkpoint.exists(out_dir) == has_checkpoint
@@ -207,54 +224,57 @@ select_trained(raw_model, objective)
 guard = optim.GradientGuard(spike_factor, ckpt.get("health") if resume else None)
 average = optim.MovingAverage(raw_model, ema_decay)
 if resume:
-    average.restore(ckpt["averaged_model"], ckpt["iter_num"] - guard.state["skipped"])
-processes.place(raw_model, device, DTYPES[param_dtype])
+    average.restore(ckpt["averaged_model"], iter_num - guard.state["skipped"])
+processes.place(raw_model, device, hardware.DTYPES[param_dtype])
 if average.model is not raw_model:
-    processes.place(average.model, device, DTYPES[param_dtype])
+    processes.place(average.model, device, hardware.DTYPES[param_dtype])
 optimizers = optim.Optimizers(raw_model, config)
-if resume:
+if resume and writes:
     with clear_errors():
         optimizers.restore(ckpt["optimizer"], processes)
 clip_spectra = optim.SpectralClip(
     raw_model, spectral_clip_beta, spectral_clip_interval, spectral_clip_all
 )
 computed = optim.ComputeCopy(raw_objective, "float32" if shard else param_dtype)
-if compile and compile_works(device):
-    for block in {*raw_model.transformer.h, *computed.objective.model.transformer.h}:
-        block.compile()  # in place: loops stay Python, so their number never recompiles
+if compile and hardware.compile_works(device):
+    alone = shard or recompute != "none"  # something else happens between blocks
+    compile_parts(computed.objective, raw_model, average.model, by_block=alone)
 recompute_activations(computed.objective.model, recompute)
 model = processes.wrap(computed.objective, raw_model, device)  # as it is called in training
 
-iter_num, best_val_loss = 0, math.inf
+best_val_loss, spent = math.inf, {"tokens": 0, "flops": 0.0, "elapsed": 0.0}  # so far
 if resume:
-    iter_num, best_val_loss = ckpt["iter_num"], ckpt["best_val_loss"]
-saved_iter = iter_num
+    best_val_loss = ckpt.get("best_val_loss", math.inf)
+    spent |= ckpt.get("spent", {})
 ckpt = None  # free its memory
 micro_steps = gradient_accumulation_steps // world_size  # of this process
 rows_per_iter = gradient_accumulation_steps * batch_size
 tokens_per_iter = rows_per_iter * block_size
 flops_per_token = functools.cache(raw_objective.flops_per_token)
-peak = peak_flops(device, dtype)
+peak = hardware.peak_flops(device, dtype)
+decay_start, decay_end = options.decay_span(config)
 with clear_errors():
-    agreed = processes.agree(iter_num) == iter_num
-    allowed = "one folder for all processes: another has a newer checkpoint"
-    require("out_dir", out_dir, agreed, allowed)
-log = RunLog(config, iter_num, processes.is_first)
+    resuming.check_agreement(processes, out_dir, iter_num)
+log = run_log.RunLog(config, iter_num, processes.is_first, writes)
+log.session(run_log.session_of(config, device, world_size, iter_num, changed))
 n_windows = "streamed" if stream else f"{splits['train'].n_windows:,}"
 log.print(
     f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
     f"{n_windows} windows of {block_size} tokens, on {world_size} x {device} in {dtype}"
 )
-evaluator = evaluation.Evaluation(
-    average.model,
-    computed.objective,
-    splits,
-    processes,
-    device,
-    dtype,
-    config,
-    interrupted=lambda: bool(signals & ENDING),
-)
+if resume:
+    log.print(resuming.first_line(config, changed, iter_num, finished))
+for words in warnings:
+    log.print(f"warning: {words}")
+
+
+def interrupted() -> bool:
+    log.alive(f"evaluating before step {iter_num}")
+    return bool(signals & ENDING)
+
+
+scored = Objective(average.model, objective, loss_chunk, *weights)
+evaluator = evaluation.Evaluation(scored, splits, processes, device, dtype, config, interrupted)
 
 
 # -----------------------------------------------------------------------------
@@ -265,8 +285,7 @@ def get_lr(it: int) -> float:
         return 1.0
     if it < warmup_iters:
         return (it + 1) / (warmup_iters + 1)
-    start = hold_iters if lr_schedule == "wsd" else warmup_iters
-    progress = min(1.0, max(0.0, (it - start) / (lr_decay_iters - start)))
+    progress = min(1.0, max(0.0, (it - decay_start) / max(1, decay_end - decay_start)))
     cosine = 0.5 * (1 - math.cos(math.pi * progress))
     falls = {"cosine": cosine, "linear": progress, "wsd": progress, "constant": 0.0}
     return 1 - (1 - min_lr / learning_rate) * falls[lr_schedule]
@@ -283,79 +302,35 @@ def get_loops(it: int) -> list[tuple]:
     return [sample_loops(raw_model.config, generator, means) for _ in range(draws)]
 
 
-def get_tokens(it: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def get_tokens(it: int, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
     """Return this process's share of the global batch of step it: x, y (batch_size, block_size)."""
     number = micro_step * world_size + rank  # among the micro-steps of all processes
     if stream:
-        x, y = streamed.next(number)
-    else:
-        first = (it * gradient_accumulation_steps + number) * batch_size
-        positions = first + np.arange(batch_size)
-        x, y = splits["train"].windows(splits["train"].shuffled(positions, seed))
-    return evaluation.to_device(x, device), evaluation.to_device(y, device)
+        return streamed.next(number)
+    first = (it * gradient_accumulation_steps + number) * batch_size
+    positions = first + np.arange(batch_size)
+    return splits["train"].windows(splits["train"].shuffled(positions, seed))
 
 
-def get_batches(it: int, loops: list[tuple]) -> list[tuple]:
-    """Return (x, y, n_loop, shift) of each micro-step of this process in step it."""
+def get_batches(it: int, loops: list[tuple]) -> tuple[list[tuple], int]:
+    """Return (x, y, n_loop, shift) of each micro-step of this process in step it, and targets."""
     generator = torch.Generator().manual_seed(random_key(seed, "shift", it))
     shifts = sample_shifts(raw_model.config, generator, rows_per_iter)
-    batches = []
+    batches, n_targets = [], 0
     for micro_step in range(micro_steps):
         first = (micro_step * world_size + rank) * batch_size
         rows = slice(first, first + batch_size)  # of the global batch
         n_loop = tuple(torch.tensor(loops[rows]).unbind(1)) if loops_per_row else loops[0]
-        shift = shifts[rows].to(device) if raw_model.config.predict_ahead else 1
-        batches.append((*get_tokens(it, micro_step), n_loop, shift))
-    return batches
+        shift = shifts[rows] if raw_model.config.predict_ahead else 1
+        x, y = get_tokens(it, micro_step)
+        n_targets += (shift_labels(torch.from_numpy(y), shift) >= 0).sum().item()  # on the CPU
+        shift = shift.to(device) if raw_model.config.predict_ahead else 1
+        x, y = evaluation.to_device(x, device), evaluation.to_device(y, device)
+        batches.append((x, y, n_loop, shift))
+    return batches, n_targets
 
 
 # -----------------------------------------------------------------------------
-# logging and saving
-def in_words(means: dict) -> str:
-    return ", ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-
-
-def log_evaluation(rows: list[dict], details: dict) -> None:
-    report = evaluator.report_states()
-    lines = ["", f"step {iter_num}", evaluation.table(rows)]
-    if details:
-        lines.append(f"besides, on val: {in_words(details)}")
-    if iter_num:  # before training all states agree
-        warnings = evaluation.warnings_of(report, raw_model.config.counts())
-        lines += [f"warning: {words}" for words in warnings]
-    lines.append(json.dumps(rows) if eval_only else "")
-    entry = {"iter": iter_num, "eval": rows, "objective": details, "watch": report}
-    log.write(entry, "\n".join(lines))
-
-
-def log_step(means: dict, norm: float, loops: list, seconds: float, n_steps: int, flops: float):
-    """Log this step's losses, gradient norm and mean loops, and the pace of the last n_steps."""
-    seconds_per_step = seconds / n_steps
-    entry = {"iter": iter_num, **means, "lr": learning_rate * get_lr(iter_num)}
-    entry["ms"] = 1e3 * seconds_per_step
-    entry["tokens_per_second"] = tokens_per_iter / seconds_per_step
-    entry["mfu"] = flops / seconds / (peak * world_size) if peak else None
-    entry["loops"] = sum(map(sum, loops)) / max(1, len(loops) * len(loops[0]))
-    entry["grad_norm"] = norm
-    left = time.strftime("%H:%M:%S", time.gmtime((max_iters - iter_num - 1) * seconds_per_step))
-    mfu = f"{entry['mfu']:.1%}" if peak else "n/a"
-    text = f"iter {iter_num}: {in_words(means)}, {entry['ms']:.1f} ms, "
-    text += f"{entry['tokens_per_second']:,.0f} tokens/s, mfu {mfu}, "
-    log.write(entry, text + f"loops {entry['loops']:.1f}, left {left}")
-
-
-def log_skip(norm: float) -> None:
-    """Log a step that is not made; after too many in a row, stop. The last checkpoint stays."""
-    skipped, in_a_row = guard.state["skipped"], guard.state["in_a_row"]
-    entry = {"iter": iter_num, "skipped": skipped, "grad_norm": norm}
-    text = f"iter {iter_num}: skipped, the norm of its gradient is {norm:.3g} ({skipped} in all)"
-    log.write(entry, text)
-    if in_a_row > max_skips:
-        what = f"max_skips={max_skips} steps in a row were skipped"
-        text = f"train.py: {what}; {out_dir} keeps the last good checkpoint"
-        sys.exit(text if processes.is_first else 1)
-
-
 def save() -> None:
     """Save the run as it is before step iter_num; all processes take part."""
     positions = processes.merge(streamed.states) if stream else {}
@@ -366,56 +341,70 @@ def save() -> None:
     state = processes.gather(state)
     if processes.is_first:
         state |= {"format": 1, "model_args": model_args, "config": config, "tokenizer": tokenizer}
-        state |= {"iter_num": iter_num, "best_val_loss": best_val_loss}
-        state |= {"health": guard.state, "stream": positions}
+        state |= {"iter_num": iter_num, "best_val_loss": best_val_loss, "spent": spent}
+        state |= {"health": guard.state, "stream": positions, "data": data_identity}
         with clear_errors():
-            checkpoint.save(out_dir, state, keep_last)
+            checkpoint.save(out_dir, state, keep_last, keep=at(keep_every))
+
+
+def at(interval: int) -> bool:
+    """Return True in every interval-th step; 0: never."""
+    return interval > 0 and iter_num % interval == 0
 
 
 # -----------------------------------------------------------------------------
 # training
 computed.objective.train()
-clock, clock_iter, flops_done = time.perf_counter(), iter_num, 0
+saved_iter, fetched = iter_num, None
+start = time.perf_counter() - spent["elapsed"]  # moved on by whatever is not training
+before = {**spent, "iter": iter_num}  # what was spent at the last line of the log
 while True:
     # once in a while: evaluate, save, stop. All processes agree on what a signal asks for
     asked = processes.agree(max(signals, default=0))
     signals.discard(asked)
     ending = asked in ENDING
     paused, improved = time.perf_counter(), False
-    due = iter_num % eval_interval == 0 or iter_num >= max_iters or eval_only
+    spent["elapsed"] = paused - start
+    due = at(eval_interval) or iter_num >= max_iters or eval_only
     if due and not ending:
         result = evaluator.run(eval_loops)
         if result is None:  # a signal came
+            start += time.perf_counter() - paused
             continue
-        log_evaluation(*result)
-        val_loss = next(row["loss"] for row in result[0] if row["split"] == "val")
+        rows, details = result
+        entry = {"iter": iter_num, "eval": rows, "objective": details}
+        log.evaluation({**entry, "watch": evaluator.report_states()}, raw_model.config.counts())
+        if eval_only:
+            log.print(json.dumps(rows))
+        val_loss = next(row["loss"] for row in rows if row["split"] == "val")
         improved = val_loss < best_val_loss
         best_val_loss = val_loss if improved else best_val_loss
-    timely = (due and not ending) or asked or (save_interval and iter_num % save_interval == 0)
+    timely = (due and not ending) or asked or at(save_interval) or at(keep_every)
     wanted = always_save_checkpoint and timely and iter_num > saved_iter
-    if iter_num and not eval_only and (improved or wanted):
+    if writes and iter_num and (improved or wanted):
         save()
         saved_iter = iter_num
-    clock += time.perf_counter() - paused  # evaluations are not training time
+    start += time.perf_counter() - paused
     if iter_num >= max_iters or eval_only or ending:
         break
 
     # one step: the gradient of the global batch, in micro-steps
     torch.manual_seed(random_key(seed, iter_num, rank))  # of dropout and noise
     loops = get_loops(iter_num)
-    batches = get_batches(iter_num, loops)
-    counts = [(shift_labels(y, shift) >= 0).sum() for _, y, _, shift in batches]
-    n_targets = processes.sum(torch.stack(counts).sum())
+    batches, n_targets = fetched or get_batches(iter_num, loops)
+    n_targets = processes.sum(torch.tensor(n_targets)).item()
     totals = {}
     for micro_step, batch in enumerate(batches):
         # processes average their gradients once, or where copies in bfloat16 compute, each time
         processes.sync_gradients(micro_step == micro_steps - 1 or computed.is_copy)
-        with autocast(device, dtype):
+        with hardware.autocast(device, dtype):
             loss, parts = model(*batch)
         share = loss * world_size / n_targets  # of the mean; the average over processes sums up
         share.backward(1 + 0 * share.detach())  # 0 * Inf is NaN: an infinite loss is noticed
         computed.collect_gradients()
         evaluation.add(totals, parts)
+    # the next step's tokens while the device computes; a stream's position is saved before they are
+    fetched = None if stream else get_batches(iter_num + 1, get_loops(iter_num + 1))
     # all that a step waits for: one NaN in the weights would cost the run
     norm = processes.gradient_norm(optim.clip_gradient(raw_model, grad_clip))
     if guard.accepts(norm):
@@ -424,22 +413,37 @@ while True:
         computed.copy_weights()
         average.update()
     else:
-        log_skip(norm)
+        log.skip({"iter": iter_num, "skipped": guard.state["skipped"], "grad_norm": norm})
+        if guard.state["in_a_row"] > max_skips:
+            words = f"train.py: max_skips={max_skips} steps in a row were skipped; "
+            words += f"{out_dir} keeps the last good checkpoint"
+            sys.exit(words if processes.is_first else 1)
     optimizers.zero_grad()
 
-    flops_done += sum(map(flops_per_token, loops)) / len(loops) * tokens_per_iter
-    if iter_num % log_interval == 0:
+    spent["tokens"] += tokens_per_iter
+    spent["flops"] += sum(map(flops_per_token, loops)) / len(loops) * tokens_per_iter
+    if at(log_interval):
         means = evaluation.means_of(totals, processes)  # waits for the device: the clock is true
-        seconds, n_steps = time.perf_counter() - clock, iter_num + 1 - clock_iter
-        log_step(means, norm, loops, seconds, n_steps, flops_done)
-        clock, clock_iter, flops_done = clock + seconds, iter_num + 1, 0
+        spent["elapsed"] = time.perf_counter() - start
+        seconds = spent["elapsed"] - before["elapsed"]
+        seconds_per_step = seconds / (iter_num + 1 - before["iter"])
+        entry = {"iter": iter_num, **means, "lr": learning_rate * get_lr(iter_num)}
+        entry["ms"] = 1e3 * seconds_per_step
+        entry["tokens_per_second"] = tokens_per_iter / seconds_per_step
+        flops = (spent["flops"] - before["flops"]) / seconds
+        entry["mfu"] = flops / (peak * world_size) if peak else None
+        entry["loops"] = sum(map(sum, loops)) / max(1, len(loops) * len(loops[0]))
+        log.step({**entry, "grad_norm": norm, **spent})
+        before = {**spent, "iter": iter_num + 1}
+    log.alive(f"iter {iter_num} of {max_iters}")
     iter_num += 1
     log.step_done()
 
 log.close()
-if processes.is_first and not eval_only:
+if processes.is_first and writes:
     lock_file.close()
 if ending and processes.is_first:
-    print(f"{signal.Signals(asked).name}: {out_dir} holds the run as of step {saved_iter}")
+    held = f"{out_dir} holds the run as of step {saved_iter}; the same command goes on"
+    print(f"{signal.Signals(asked).name}: {held if saved_iter else 'nothing was saved yet'}")
 del model
 processes.end(128 + asked if ending else 0)

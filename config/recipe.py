@@ -8,7 +8,6 @@ from config.train_shakespeare_char_cpu_looped import *
 
 out_dir = "out-recipe"
 max_iters = 1000
-lr_decay_iters = 1000
 eval_interval = 1000
 eval_iters = 150  # all of validation
 eval_loops = 1, 2, 4, 6, 12, 24

@@ -8,5 +8,4 @@ out_dir = "out-recipe-exit-gate"
 init_from = "out-recipe-exit"
 objective = "exit_gate"
 max_iters = 200
-lr_decay_iters = 200
 eval_interval = 200

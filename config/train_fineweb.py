@@ -32,7 +32,6 @@ max_iters = 19000  # 10B tokens, one epoch
 optimizer = "muon"
 learning_rate = 3e-3
 warmup_iters = 250
-lr_decay_iters = 19000
 min_lr = 0.0
 
 eval_interval = 1000

@@ -29,7 +29,6 @@ max_iters = 600000
 learning_rate = 6e-4
 weight_decay = 0.1
 warmup_iters = 2000
-lr_decay_iters = 600000
 min_lr = 6e-5
 
 eval_interval = 1000

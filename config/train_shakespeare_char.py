@@ -19,7 +19,6 @@ max_iters = 5000
 learning_rate = 1e-3
 beta2 = 0.99  # few tokens per step
 warmup_iters = 100
-lr_decay_iters = 5000
 min_lr = 1e-4
 
 eval_interval = 250

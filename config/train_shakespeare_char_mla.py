@@ -26,7 +26,6 @@ optimizer = "muon"
 muon_learning_rate = 0.02
 learning_rate = 1e-2
 warmup_iters = 50
-lr_decay_iters = 2000
 min_lr = 0.0
 
 eval_interval = 1000

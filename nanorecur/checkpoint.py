@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -38,6 +39,8 @@ FIELD_TYPES = {
     "tokenizer": dict,
     "stream": dict,
     "health": dict,
+    "spent": dict,
+    "data": dict,
     "training_model": dict,
     "best_val_loss": (int, float, torch.Tensor),
 }
@@ -47,10 +50,11 @@ FIELD_TYPES = {
 # saving
 
 
-def save(folder: str | Path, checkpoint: dict, keep_last: int = 2) -> None:
+def save(folder: str | Path, checkpoint: dict, keep_last: int = 2, keep: bool = False) -> None:
     """Write a checkpoint to folder/ckpt.pt and keep the newest keep_last checkpoints (at least 2).
 
-    checkpoint: a dict with "iter_num" and "model". Raises ValueError where a weight is not finite
+    checkpoint: a dict with "iter_num" and "model". keep: keep it for good too, as the file that
+    kept_path names. Raises ValueError where a weight is not finite
     and OSError where the file cannot be written; the older checkpoints are then as they were.
     """
     check_finite(checkpoint)
@@ -63,13 +67,31 @@ def save(folder: str | Path, checkpoint: dict, keep_last: int = 2) -> None:
         "iter_num": checkpoint["iter_num"],
     }
     # The list is longer than keep_last: a save that dies below leaves an entry without a file.
-    entries = [entry, *read_manifest(folder)[: keep_last + 1]]
+    listed = read_manifest(folder)
+    entries = [entry, *listed[: keep_last + 1]]
+    entries += [old for old in listed[keep_last + 1 :] if kept_path(folder, old).exists()]
     write_atomically(folder / MANIFEST, json.dumps(entries, indent=1).encode())
+    if keep:
+        link_or_copy(part, kept_path(folder, entry))
     shift_names(paths)
     os.replace(part, folder / NEWEST)
     for path in older_than_previous(folder):
         if path not in paths:
             path.unlink()
+
+
+def kept_path(folder: Path, entry: dict) -> Path:
+    """Return the path under which a checkpoint is kept for good: ckpt_<step>.pt."""
+    return folder / f"ckpt_{entry.get('iter_num')}.pt"
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Make target a hard link to path, or a copy where the file system has no hard links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
 
 
 def file_names(keep_last: int) -> list[str]:
@@ -299,6 +321,14 @@ def cut_log(path: str | Path, iter_num: int) -> None:
         lines = Path(path).read_text(errors="replace").splitlines()
     kept = [f"{line}\n" for line in lines if iteration(line) < iter_num]
     write_atomically(path, "".join(kept).encode())
+
+
+def is_finished(folder: str | Path, iter_num: int, max_iters: int) -> bool:
+    """Return True where a run as of step iter_num has made all steps and its last evaluation."""
+    path = Path(folder, "log.jsonl")
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    last = max((iteration(line) for line in lines if '"eval"' in line), default=-1)
+    return iter_num >= max_iters and last >= max_iters
 
 
 def iteration(line: str) -> float:

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import read_knobs
-from nanorecur.dataset import (
-    Tokenizer,
-    finish_dataset,
-    make_tokenizer,
-    part_path,
-    random_key,
-    token_dtype,
-)
+from nanorecur.dataset import DATA, finish_dataset, part_path, random_key, token_dtype
 from nanorecur.files import flush, write_atomically
+from nanorecur.tokenizer import Tokenizer, find_tokenizer, make_tokenizer, with_identity
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -38,19 +33,21 @@ READERS = {  # file suffix: datasets' name of the format, and its options
     ".parquet": ("parquet", {}),
     ".jsonl": ("json", {}),
     ".txt": ("text", {"sample_by": "document"}),
+    ".md": ("text", {"sample_by": "document"}),
 }
 
 
 def open_corpus(input_files: str, repository: str, subset: str, revision: str) -> "IterableDataset":
     """Return the documents of local files, or of a repository on the hub where there are none.
 
-    input_files: comma-separated globs of .parquet or .jsonl files with a column "text", or of .txt
-        files, one document each; "" for the hub.
+    input_files: comma-separated globs or folders of .parquet or .jsonl files with a column "text",
+        or of .txt and .md files, one document each; "" for the hub.
     Raises ValueError where there is nothing to read.
     """
     import datasets
 
     if input_files:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # would ask the hub, for local files too
         paths = find_files(input_files)
         reader, options = READERS[Path(paths[0]).suffix]
     try:
@@ -71,20 +68,27 @@ def open_corpus(input_files: str, repository: str, subset: str, revision: str) -
 
 
 def find_files(input_files: str) -> list[str]:
-    """Return the sorted paths that comma-separated globs match.
+    """Return the sorted paths that comma-separated globs match, in a folder all that are readable.
 
     Raises ValueError where there are none, or files of several or unknown formats.
     """
     paths = set()
     for pattern in input_files.split(","):
-        paths.update(glob.glob(pattern.strip(), recursive=True))
+        for name in glob.glob(pattern.strip(), recursive=True):
+            paths.update(files_in(name) if os.path.isdir(name) else [name])
     suffixes = {Path(path).suffix for path in paths}
-    if len(suffixes) != 1 or not suffixes <= set(READERS):
+    readers = {READERS[suffix][0] for suffix in suffixes if suffix in READERS}
+    if len(readers) != 1 or not suffixes <= set(READERS):
         raise ValueError(
-            f"input_files={input_files}: must match .parquet, .jsonl or .txt files,"
+            f"input_files={input_files}: must match .parquet, .jsonl, .txt or .md files,"
             f" all of one format, not {len(paths)} files with {sorted(suffixes)}"
         )
     return sorted(paths)
+
+
+def files_in(folder: str) -> list[str]:
+    """Return the paths of all files under a folder whose suffix is known."""
+    return [str(path) for path in Path(folder).rglob("*.*") if path.suffix in READERS]
 
 
 def first_text(corpus: "IterableDataset") -> str:
@@ -101,8 +105,13 @@ def held_out(text: str, val_share: float) -> bool:
 
     That depends on the sha256 of its text alone, not on its place or on other documents.
     """
+    return place_of(text) < val_share * 2**64
+
+
+def place_of(text: str) -> int:
+    """Return a number below 2**64 that depends on a text alone, evenly distributed over texts."""
     digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < val_share * 2**64
+    return int.from_bytes(digest[:8], "big")
 
 
 # -----------------------------------------------------------------------------
@@ -117,11 +126,12 @@ def write_documents(
     Every document is followed by the separator. A call after one that was killed continues behind
     the last batch that it had finished.
 
-    meta: {"tokenizer": name}, as make_tokenizer takes it. val_share: share of the documents that is
-    held out for validation. batch: documents per batch; two batches are in memory at a time.
+    meta: a tokenizer's fields, as make_tokenizer takes them. val_share: share of the documents that
+    is held out for validation. batch: documents per batch; two batches are in memory at a time.
     Raises ValueError where a split would be empty or the reading or writing fails.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(meta)
     dtype = token_dtype(tokenizer)
     task = random_key(meta, val_share, corpus.num_shards, first_text(corpus))
@@ -243,31 +253,50 @@ def number_of_documents(corpus: "IterableDataset") -> int | None:
 
 
 def open_stream(
-    folder: str | Path, input_files: str, n_tokens: int
+    folder: str | Path, input_files: str, n_held_out: int, val_share: float = 0.0
 ) -> tuple["IterableDataset", dict, np.ndarray]:
     """Return (corpus, meta, validation tokens) of the corpus that a folder's prepare.py names.
 
-    meta: as in meta.json. The validation tokens are about n_tokens of the held-out documents.
+    meta: as in meta.json. The validation tokens are about n_held_out of the held-out documents.
+    val_share: share of the documents that are held out; 0: as prepare.py says.
     Raises ValueError where prepare.py names no corpus, or no document is held out.
     """
     path = Path(folder, "prepare.py")
-    settings = {}
-    if path.exists():
-        settings = {name: knob.value for name, knob in read_knobs(path).items()}
-    if "repository" not in settings:
-        raise ValueError(f"{path}: names no corpus that could be streamed")
-    source = [settings[name] for name in ("repository", "subset", "revision")]
-    corpus = open_corpus(input_files, *source)
-    val_share = settings["val_share"]
-    meta = {"tokenizer": settings["tokenizer"], "val_share": val_share}
+    settings = corpus_settings(path)
+    if not settings:
+        names = sorted(p.parent.name for p in DATA.glob("*/prepare.py") if corpus_settings(p))
+        raise ValueError(f"{path}: names no corpus to stream; these do: {', '.join(names)}")
+    corpus = open_corpus(
+        input_files, settings["repository"], settings["subset"], settings["revision"]
+    )
+    val_share = val_share or settings["val_share"]
+    meta = {**find_tokenizer(settings["tokenizer"]), "val_share": val_share}
     tokenizer = make_tokenizer(meta)
-    documents, n_bytes = first_held_out(corpus, tokenizer, val_share, n_tokens)
+    documents, n_bytes = first_held_out(corpus, tokenizer, val_share, n_held_out)
     if not documents:
-        raise ValueError(f"{path}: val_share={val_share} holds out no document")
+        raise ValueError(
+            f"val_share={val_share}: holds out none of the documents;"
+            f" --val_share={sufficient_share(corpus):g} holds out some"
+        )
     validation = np.concatenate(documents)
+    meta = with_identity(meta)
     meta["vocab_size"] = tokenizer.vocab_size
     meta["splits"] = {"val": {"tokens": len(validation), "bytes": n_bytes}}
     return corpus, meta, validation
+
+
+def corpus_settings(path: Path) -> dict:
+    """Return the knobs of a prepare.py that names a corpus, or {} where it names none."""
+    if not path.exists():
+        return {}
+    settings = {name: knob.value for name, knob in read_knobs(path).items()}
+    return settings if "repository" in settings else {}
+
+
+def sufficient_share(corpus: "IterableDataset") -> float:
+    """Return a val_share, in hundredths, that holds out at least one document of a small corpus."""
+    least = min(place_of(row["text"]) for row in corpus) / 2**64
+    return math.floor(100 * least + 1) / 100
 
 
 def first_held_out(

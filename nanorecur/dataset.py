@@ -2,8 +2,10 @@
 Token files: write, check and read data/<name>/train.bin, val.bin and meta.json.
 
 The .bin files are raw little-endian uint16 or uint32 ids, as nanoGPT writes them; meta.json says
-what they hold (tokenizer, vocab_size, dtype; tokens, bytes and sha256 of each split). Reading the
-documents of a large corpus, into token files or directly into training, is in corpus.py.
+what they hold (tokenizer, vocab_size, dtype; tokens, bytes and sha256 of each split). The shards
+of llm.c and modded-nanogpt, *_train_*.bin and *_val_*.bin of GPT-2's tokens, are read as they are.
+Tokenizers are in tokenizer.py. Reading the documents of a large corpus, into token files or
+directly into training, is in corpus.py.
 
 The order of training is a function of (seed, split, position) alone: every epoch visits each window
 of the split once, in an order of its own, and a checkpoint need not hold anything about it.
@@ -11,9 +13,9 @@ of the split once, in an order of its own, and a checkpoint need not hold anythi
 
 import hashlib
 import json
+import math
 import os
 import random
-import re
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,6 +24,17 @@ import numpy as np
 from tqdm import tqdm
 
 from nanorecur.files import flush, sha256, write_atomically
+from nanorecur.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    check_tokenizer,
+    make_tokenizer,
+    with_identity,
+)
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+TOKENIZER_FILE = "tokenizer.json"  # beside meta.json, where the tokenizer is "huggingface"
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")  # what data/text/prepare.py reads
 
 
 def random_key(*parts: object) -> int:
@@ -34,91 +47,7 @@ def random_key(*parts: object) -> int:
 
 
 # -----------------------------------------------------------------------------
-# tokenizers: each has vocab_size, encode(text) -> list of ids and decode(ids) -> text; those that
-# serve documents have encode_document(text) -> array of ids with the separator at its end
-
-
-class CharTokenizer:
-    """A tokenizer with one id per character of a fixed alphabet."""
-
-    def __init__(self, meta: dict):
-        self.chars = meta["chars"]
-        self.ids = {char: i for i, char in enumerate(self.chars)}
-        self.vocab_size = len(self.chars)
-
-    def encode(self, text: str) -> list[int]:
-        unknown = sorted(set(text) - set(self.ids))
-        if unknown:
-            shown = "".join(unknown[:10])
-            raise ValueError(f"{shown!r} is not in the alphabet of this model: {self.chars!r}")
-        return [self.ids[char] for char in text]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.chars[i] for i in ids)
-
-
-class ByteTokenizer:
-    """A tokenizer whose ids are the bytes of UTF-8; invalid bytes decode to U+FFFD."""
-
-    vocab_size = 256
-
-    def __init__(self, meta: dict):
-        pass
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8", errors="surrogateescape"))
-
-    def encode_document(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode() + b"\0", np.uint8)  # the separator is NUL
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return bytes(ids).decode("utf-8", errors="replace")
-
-
-class TiktokenTokenizer:
-    """A tiktoken encoding by its name, such as gpt2.
-
-    <|endoftext|> is one token in a prompt (encode) and plain text in a document (encode_document).
-    """
-
-    def __init__(self, meta: dict):
-        import tiktoken
-
-        self.encoding = tiktoken.get_encoding(meta["tokenizer"])
-        self.vocab_size = self.encoding.n_vocab
-
-    def encode(self, text: str) -> list[int]:
-        return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
-
-    def encode_document(self, text: str) -> np.ndarray:
-        ids = self.encoding.encode_to_numpy(text, disallowed_special=())
-        return np.append(ids, self.encoding.eot_token)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.encoding.decode(ids)
-
-
-Tokenizer = CharTokenizer | ByteTokenizer | TiktokenTokenizer
-
-
-def make_tokenizer(meta: dict) -> Tokenizer:
-    """Return the tokenizer that meta.json (or a checkpoint) names.
-
-    meta["tokenizer"]: "char" (then meta["chars"] is the alphabet), "bytes" or a tiktoken encoding.
-    """
-    check_tokenizer(meta)
-    classes = {"char": CharTokenizer, "bytes": ByteTokenizer}
-    return classes.get(meta["tokenizer"], TiktokenTokenizer)(meta)
-
-
-def check_tokenizer(meta: dict) -> None:
-    """Raise ValueError where the tokenizer's name or alphabet is not well formed."""
-    name = meta.get("tokenizer")
-    if not (isinstance(name, str) and re.fullmatch("[A-Za-z0-9_-]{1,99}", name)):
-        shown = str(name)[:60]
-        raise ValueError(f"tokenizer={shown!r}: must be char, bytes or a tiktoken encoding's name")
-    if name == "char" and not isinstance(meta.get("chars"), str):
-        raise ValueError("chars: must be the alphabet, as one text")
+# writing
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -126,18 +55,21 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
-# -----------------------------------------------------------------------------
-# writing
-
-
-def write_dataset(folder: str | Path, meta: dict, splits: dict[str, Iterable[str | bytes]]) -> dict:
+def write_dataset(
+    folder: str | Path,
+    meta: dict,
+    splits: dict[str, Iterable[str | bytes]],
+    separate: bool = False,
+) -> dict:
     """Write train.bin, val.bin and meta.json, print their sizes and return the complete meta.
 
     meta: {"tokenizer": name, ...}, as make_tokenizer takes it.
     splits: {"train": texts, "val": texts}; the texts of a split are written one after the other.
     Texts of type bytes are for the "bytes" tokenizer alone.
+    separate: texts are documents, and the tokenizer's separator follows each.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(meta)
     sizes = {}
     (folder / "meta.json").unlink(missing_ok=True)  # first: unfinished files must not look complete
@@ -146,7 +78,9 @@ def write_dataset(folder: str | Path, meta: dict, splits: dict[str, Iterable[str
         with open(part_path(folder, split), "wb") as file:
             for text in texts:
                 raw = text if isinstance(text, bytes) else text.encode()
-                if isinstance(tokenizer, ByteTokenizer):
+                if separate:
+                    ids = tokenizer.encode_document(text)
+                elif isinstance(tokenizer, ByteTokenizer):
                     ids = np.frombuffer(raw, np.uint8)
                 else:
                     ids = tokenizer.encode(text)
@@ -222,9 +156,10 @@ def part_path(folder: str | Path, split: str) -> Path:
 
 
 def finish_dataset(folder: str | Path, meta: dict, sizes: dict[str, tuple[int, int]]) -> dict:
-    """Rename the splits' complete files, write meta.json and return it.
+    """Rename the splits' complete files, write meta.json and return the meta.
 
-    sizes: {split: (tokens, bytes of text)}.
+    The text of a tokenizer.json stands in a file of its own. sizes: {split: (tokens, bytes of
+    text)}.
     """
     tokenizer = make_tokenizer(meta)
     splits = {}
@@ -234,12 +169,15 @@ def finish_dataset(folder: str | Path, meta: dict, sizes: dict[str, tuple[int, i
         splits[split] = {"tokens": n_tokens, "bytes": n_bytes, "sha256": sha256(path)}
         print(f"{path}: {n_tokens:,} tokens")
     meta = {
-        **meta,
+        **with_identity(meta),
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer).name,
         "splits": splits,
     }
-    text = json.dumps(meta, indent=1, ensure_ascii=False)
+    stored = dict(meta)
+    if "tokenizer_json" in meta:
+        write_atomically(Path(folder, TOKENIZER_FILE), stored.pop("tokenizer_json").encode())
+    text = json.dumps(stored, indent=1, ensure_ascii=False)
     write_atomically(Path(folder, "meta.json"), text.encode())
     return meta
 
@@ -252,11 +190,12 @@ def download(url: str, path: str | Path, size: int, digest: str) -> None:
     path = Path(path)
     if path.exists() and sha256(path) == digest:
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             data = response.read(size + 1)
     except OSError as error:
-        message = f"could not download {url} ({error}); --input_file= takes a local copy"
+        message = f"could not download {url} ({error}); --input_files= takes a local copy"
         raise ValueError(message) from None
     if hashlib.sha256(data).hexdigest() != digest:
         raise ValueError(
@@ -270,24 +209,51 @@ def download(url: str, path: str | Path, size: int, digest: str) -> None:
 
 
 def load_meta(folder: str | Path) -> dict:
-    """Return meta.json of a prepared folder.
+    """Return meta.json of a prepared folder, with the tokenizer's identity and tokenizer.json.
 
+    A folder without one that holds shards of llm.c's form gets a meta from their headers.
     Raises ValueError with the command that makes it, where it is missing or damaged.
     """
-    path = Path(folder) / "meta.json"
+    folder = Path(folder)
+    path = folder / "meta.json"
+    if not path.exists() and shards_of(folder, "train"):
+        return meta_of_shards(folder)
+    if not folder.is_dir():
+        raise ValueError(no_such_dataset(folder))
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["tokenizer"] == "huggingface":
+            meta["tokenizer_json"] = (folder / TOKENIZER_FILE).read_text(encoding="utf-8")
         check_meta(meta)
+        return with_identity(meta)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error)[:100] if type(error) is ValueError else type(error).__name__
         raise ValueError(
             f"{path}: missing or damaged ({reason}); run: {prepare_command(folder)}"
         ) from None
-    return meta
 
 
 def prepare_command(folder: str | Path) -> str:
-    return f"python {Path(folder) / 'prepare.py'}"
+    """Return the command that makes a folder's files."""
+    script = Path(folder) / "prepare.py"
+    if script.exists():
+        return f"python {script}"
+    if any(path.suffix in TEXT_SUFFIXES for path in Path(folder).glob("*.*")):
+        return f"python data/text/prepare.py --input_files={folder}"
+    return f"python data/<name>/prepare.py --out_dir={folder}"
+
+
+def no_such_dataset(folder: Path) -> str:
+    """Return the message about a data set that is not there: a text, or a name."""
+    if folder.suffix in TEXT_SUFFIXES:
+        command = f"python data/text/prepare.py --input_files={folder.name} --name={folder.stem}"
+        return f"dataset={folder.name}: is a text, not a prepared folder; run: {command}"
+    prepared = sorted(path.parent.name for path in DATA.glob("*/meta.json"))
+    scripts = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
+    return (
+        f"dataset={folder.name}: no such folder in data; prepared: {', '.join(prepared) or 'none'};"
+        f" python data/<name>/prepare.py prepares {', '.join(scripts)}"
+    )
 
 
 def check_meta(meta: dict) -> None:
@@ -339,17 +305,26 @@ def open_split(
     Raises ValueError with the command that repairs it, where the file is not what meta says.
     """
     path = Path(folder, f"{name}.bin")
-    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-    expected = meta["splits"][name]["tokens"] * dtype.itemsize
+    if meta.get("shards"):
+        path = Path(folder, f"*_{name}_*.bin")
+        tokens = Shards(shards_of(folder, name))
+    else:
+        tokens = open_tokens(path, meta["splits"][name]["tokens"], meta["dtype"])
+    n_bytes = meta["splits"][name]["bytes"]
+    return Split(name, tokens, n_bytes, block_size, vocab_size, meta.get("row"), path)
+
+
+def open_tokens(path: Path, n_tokens: int, dtype: str) -> np.ndarray:
+    """Return the tokens of a .bin file (memmap). Raises ValueError where it has another size."""
+    dtype = np.dtype(dtype).newbyteorder("<")
+    expected = n_tokens * dtype.itemsize
     if not path.exists():
-        raise ValueError(f"{path}: is missing; run: {prepare_command(folder)}")
+        raise ValueError(f"{path}: is missing; run: {prepare_command(path.parent)}")
     size = path.stat().st_size
     if size != expected:
         found = f"{size:,} bytes where meta.json says {expected:,}"
-        raise ValueError(f"{path}: {found}; run: {prepare_command(folder)}")
-    tokens = np.memmap(path, dtype, mode="r") if expected else np.zeros(0, dtype)
-    n_bytes = meta["splits"][name]["bytes"]
-    return Split(name, tokens, n_bytes, block_size, vocab_size, meta.get("row"), path)
+        raise ValueError(f"{path}: {found}; run: {prepare_command(path.parent)}")
+    return np.memmap(path, dtype, mode="r") if expected else np.zeros(0, dtype)
 
 
 class Split:
@@ -463,6 +438,98 @@ class Split:
             return np.zeros(len(starts), int)
         levels, rows = zip(*self.row["levels"][self.name])
         return np.repeat(levels, rows)[starts // self.step]
+
+
+# -----------------------------------------------------------------------------
+# shards of llm.c and modded-nanogpt: 256 int32 (magic, version, tokens, zeros), then uint16 tokens
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 1024  # the header in bytes
+
+
+def shards_of(folder: str | Path, name: str) -> list[Path]:
+    """Return the paths of a split's shards, in order."""
+    return sorted(Path(folder).glob(f"*_{name}_*.bin"))
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Return the tokens of a shard (memmap). Raises ValueError where it is none, or damaged."""
+    header = np.fromfile(path, "<i4", 256)
+    if len(header) < 256 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        known = f"magic {SHARD_MAGIC}, version {SHARD_VERSION}"
+        raise ValueError(f"{path}: is no shard of GPT-2 tokens, which begins with {known}")
+    size, expected = path.stat().st_size, SHARD_HEADER + 2 * int(header[2])
+    if size != expected:
+        raise ValueError(f"{path}: {size:,} bytes where its header says {expected:,}")
+    return np.memmap(path, "<u2", mode="r", offset=SHARD_HEADER, shape=(int(header[2]),))
+
+
+class Shards:
+    """The tokens of several shards one after the other, as the array that they would be."""
+
+    def __init__(self, paths: list[Path]):
+        self.files = [open_shard(path) for path in paths]
+        self.ends = np.cumsum([len(file) for file in self.files])
+        self.begins = self.ends - [len(file) for file in self.files]
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        pieces = []
+        for file, begin in zip(self.files, self.begins):
+            pieces.append(file[max(0, start - begin) : max(0, stop - begin)])
+        return np.concatenate(pieces)
+
+    def take(self, places: np.ndarray, mode: str = "wrap") -> np.ndarray:
+        """Return the tokens at places of any shape; behind the last token comes the first."""
+        places = places % len(self)
+        numbers = np.searchsorted(self.ends, places, side="right")  # of the file of each token
+        tokens = np.empty(places.shape, np.uint16)
+        for number in np.unique(numbers):
+            found = numbers == number
+            tokens[found] = self.files[number][places[found] - self.begins[number]]
+        return tokens
+
+
+def meta_of_shards(folder: Path) -> dict:
+    """Return the meta of a folder of shards; nothing is written.
+
+    Raises ValueError that names a shard which is damaged, or the split that has none.
+    """
+    splits = {}
+    for name in ("train", "val"):
+        paths = shards_of(folder, name)
+        if not paths:
+            raise ValueError(f"{folder}: has no shards *_{name}_*.bin")
+        shards = Shards(paths)
+        splits[name] = {"tokens": len(shards), "bytes": bytes_of(shards)}
+    fields = with_identity({"tokenizer": "gpt2"})
+    return {**fields, "vocab_size": 50257, "dtype": "uint16", "shards": True, "splits": splits}
+
+
+def bytes_of(shards: Shards) -> int | float:
+    """Return the bytes of text in shards: all of them, or what the first 10**8 tokens suggest.
+
+    nan where GPT-2's tokens cannot be downloaded: then bits per byte are not known.
+    """
+    try:
+        table = make_tokenizer({"tokenizer": "gpt2"}).table()
+    except ValueError:
+        return math.nan
+    sizes = np.zeros(2**16, np.int64)
+    for i, token in table.items():
+        sizes[i] = len(token)
+    sizes[50256] = 0  # <|endoftext|> is no text
+    n_read, chunk, counts = min(len(shards), 10**8), 2**22, np.zeros(2**16, np.int64)
+    for begin in range(0, n_read, chunk):
+        tokens = shards[begin : min(begin + chunk, n_read)]
+        counts += np.bincount(tokens, minlength=2**16)
+    return round(int(counts @ sizes) * len(shards) / n_read)
+
+
+# -----------------------------------------------------------------------------
+# the order of training
 
 
 def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:

@@ -119,29 +119,39 @@ def memory(config: dict, n_loop: Loops, dtype: torch.dtype, on_gpu: bool = True)
     parts = {"weights": weights, "optimizer": lasting - weights, "gradients": gradients}
     parts["activations"] = counted.peak - lasting - gradients
     if n > 1 and config["shard"]:
-        return parts | sharded(parts, step.model, n, micro_steps)
+        if step.computed.is_copy:  # FSDP2 casts what it gathers and keeps no copy
+            parts["weights"] -= sum(p.nbytes for p in step.computed.objective.parameters())
+        return parts | sharded(parts, step.model, n, micro_steps, bytes_sent(config))
     if n > 1 and (micro_steps == 1 or config["param_dtype"] == "bfloat16"):
         # DDP's buckets are the gradients: so these live in the forward pass too
         parts["all-reduce"] = sum(p.numel() for p in trained) * bytes_sent(config)
     return parts
 
 
-def sharded(parts: dict[str, int], model: GPT, n: int, micro_steps: int) -> dict[str, float]:
+def sharded(
+    parts: dict[str, int], model: GPT, n: int, micro_steps: int, number_bytes: int
+) -> dict[str, float]:
     """Return the parts that differ where n processes share weights, moments and gradients (FSDP2).
 
-    Two blocks and all that is outside blocks are gathered at a time. Gradients are whole while
-    those of several micro-steps are added up.
+    Two blocks and all that is outside blocks are gathered at a time, with their gradients, in
+    numbers of so many bytes. Gradients are whole, in float32, while those of several micro-steps
+    are added up.
     """
-    total = sum(p.nbytes for p in model.parameters())
-    blocks = [sum(p.nbytes for p in block.parameters()) for block in model.transformer.h]
+    total = number_bytes * numel(model)
+    blocks = [number_bytes * numel(block) for block in model.transformer.h]
     shards = {name: parts[name] / n for name in ("weights", "optimizer")}
     shards["gradients"] = parts["gradients"] / (n if micro_steps == 1 else 1)
     shards["gathered"] = 2 * (total - sum(blocks) + 2 * max(blocks))
     return shards
 
 
+def numel(module: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def bytes_sent(config: dict) -> int:
-    """Return the bytes of one number of a gradient on its way between processes."""
+    """Return the bytes of a number that processes send: of DDP's gradients, of FSDP2's weights."""
     return 2 if config["param_dtype"] == "bfloat16" else 4
 
 
@@ -176,13 +186,9 @@ def traffic(model: GPT, n_loop: Loops) -> tuple[int, int]:
 
     Blocks are gathered at each call, forward and backward.
     """
-
-    def size(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    forward = backward = size(model) - size(model.transformer.h)
+    forward = backward = numel(model) - numel(model.transformer.h)
     for loop, n, _ in model.schedule(n_loop):
-        blocks = sum(map(size, loop.blocks))
+        blocks = sum(map(numel, loop.blocks))
         forward += n * blocks
         backward += min(n, loop.bptt_k) * blocks
     return forward + backward, backward

@@ -29,7 +29,6 @@ class Evaluation:
 
     def __init__(
         self,
-        model: GPT,
         objective: Objective,
         splits: dict[str, Split],
         processes: Processes,
@@ -38,15 +37,15 @@ class Evaluation:
         config: dict,
         interrupted: Callable[[], bool],
     ):
-        """model: what is scored (the moving average if there is one). objective: in training.
+        """objective: with the model that is scored, the moving average if there is one.
 
         interrupted: asked before every batch; where it returns True on any process, run() returns
         None.
         """
-        self.model, self.objective, self.splits = model, objective, splits
+        self.model, self.objective, self.splits = objective.model, objective, splits
         self.processes, self.device, self.dtype = processes, device, dtype
         self.config, self.interrupted = config, interrupted
-        self.has_details = config["objective"] != "next" or model.config.n_ahead > 1
+        self.has_details = objective.name != "next" or self.model.config.n_ahead > 1
 
     # -------------------------------------------------------------------------
     # which windows
@@ -117,14 +116,18 @@ class Evaluation:
         """
         self.model.eval()
         levels, rows_of = np.unique(split.levels(self.windows(split)[0]), return_counts=True)
-        sums = torch.zeros(3, dtype=torch.float64)  # nats, right guesses, tokens
-        exact = torch.zeros(len(levels), dtype=torch.float64)  # right rows of each level
+        scores, rows, level_of_row = [], [], []
         for starts, x, y in self.batches(split):
             with autocast(self.device, self.dtype):
                 batch_sums, row_is_right = score_batch(self.model, x, y, n_loop, shift)
-            sums += batch_sums
-            level = torch.from_numpy(np.searchsorted(levels, split.levels(starts)))
-            exact.index_add_(0, level, row_is_right.double())
+            scores.append(batch_sums)
+            rows.append(row_is_right)
+            level_of_row.append(np.searchsorted(levels, split.levels(starts)))
+        # one read for all batches: each would wait for the device
+        sums = torch.stack(scores).cpu().double().sum(0)  # nats, right guesses, tokens
+        exact = torch.zeros(len(levels), dtype=torch.float64)  # right rows of each level
+        level = torch.from_numpy(np.concatenate(level_of_row))
+        exact.index_add_(0, level, torch.cat(rows).cpu().double())
         sums = torch.cat((sums, exact))
         if self.processes.distributed:
             sums = self.processes.sum(sums.to(self.device))
@@ -137,6 +140,8 @@ class Evaluation:
             "bits_per_byte": bits * (split.n_tokens / split.n_bytes),
             "accuracy": accuracy,
         }
+        if math.isnan(split.n_bytes):  # of other people's shards, without their tokenizer
+            del scores["bits_per_byte"]
         if split.row:
             exact = sums[3:].cpu().numpy()
             scores["exact"] = exact.sum() / rows_of.sum()
@@ -148,18 +153,15 @@ class Evaluation:
         """Return what the objective logs, and loss and mean loops with exit, on validation."""
         totals = {}
         self.objective.eval()
-        self.model.eval()
         if self.has_details:
             for _, x, y in self.batches(self.splits["val"]):
                 with autocast(self.device, self.dtype):
-                    model = self.objective.model
-                    _, parts = self.processes.run(model, self.objective, x, y)
+                    _, parts = self.processes.run(self.model, self.objective, x, y)
                 add(totals, parts)
         if self.config["automatic_loop_exit"]:
             for _, x, y in self.batches(self.splits["val"]):
                 add(totals, self.exit_sums(x, y))
         self.objective.train()
-        self.model.train()
         return means_of(totals, self.processes) if totals else {}
 
     def exit_sums(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -217,19 +219,18 @@ class Evaluation:
 def score_batch(
     model: GPT, x: Tensor, y: Tensor, n_loop=None, shift: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return (nats, right guesses, tokens), float64, and which rows (B,) are right throughout.
+    """Return float32 (nats, right guesses, tokens), and which rows (B,) are right throughout.
 
-    x, y, n_loop and shift are those of GPT.forward. Both results are on the CPU.
+    x, y, n_loop and shift are those of GPT.forward. Both results are on its device.
     """
     logits, loss = model(x, y, n_loop=n_loop, shift=shift)
     y = shift_labels(y, shift)
     counted = y >= 0
     right = logits.argmax(-1) == y
-    n_tokens = counted.sum().item()
-    nats = loss.item() * n_tokens if n_tokens else 0.0  # a batch may be padding alone
-    sums = torch.tensor([nats, right.sum().item(), n_tokens], dtype=torch.float64)
-    row_is_right = (right | ~counted).all(1) & counted.any(1)
-    return sums, row_is_right.cpu()
+    n_tokens = counted.sum()
+    nats = torch.where(n_tokens > 0, loss * n_tokens, 0.0)  # a batch may be padding alone
+    sums = torch.stack((nats, right.sum(), n_tokens)).float()
+    return sums, (right | ~counted).all(1) & counted.any(1)
 
 
 def token_correlation(s: Tensor) -> Tensor:
@@ -266,7 +267,8 @@ def table(rows: list[dict]) -> str:
         mark = "*" if row["loops"] == own else " "
         loops = mark + (",".join(map(str, row["loops"])) or "-")
         line = f"{row['split']:<6}{loops:>8}{row['loss']:>9.4f}{row['bits_per_token']:>12.4f}"
-        line += f"{row['bits_per_byte']:>11.4f}{row['accuracy']:>10.2%}"
+        bits_per_byte = f"{row['bits_per_byte']:.4f}" if "bits_per_byte" in row else "-"
+        line += f"{bits_per_byte:>11}{row['accuracy']:>10.2%}"
         if has_levels:
             shares = (f"{level}:{share:.0%}" for level, share in row["by_level"].items())
             line += f"{row['exact']:>9.2%}  " + " ".join(shares)

@@ -4,7 +4,9 @@ Rules that stop looping early, in decoding and evaluation, and predictions after
 A rule is asked after every loop. start(s) returns what it carries from the state before the first
 loop; measure(carry, s, read_out) returns a number per token, and what to carry on, from the state
 s after the loop or from read_out(), the logits at this loop; reached(measure) says which tokens
-stop. Shapes: s (B, T, C), logits (B, T, V), measure (B, T), carry a tuple of (B, T, ..).
+stop. A rule of every_group is asked in every looped group. The others are asked in the last alone,
+where the gate is trained and no other loop stands before the head; other groups run in full.
+Shapes: s (B, T, C), logits (B, T, V), measure (B, T), carry a tuple of (B, T, ..).
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT
+from model import GPT, Context, Stage
 
 
 def after_each_loop(
@@ -72,6 +74,7 @@ class StateExit(NamedTuple):
     """Stop when |s - before| / |s| < threshold (Huginn's latent-diff, arXiv 2502.05171, 6)."""
 
     threshold: float
+    every_group = True
 
     def start(self, s: Tensor) -> tuple:
         return (s,)
@@ -87,6 +90,7 @@ class KLExit(NamedTuple):
     """Stop when KL(before || now) of the next token < threshold, in nats; uniform at first."""
 
     threshold: float
+    every_group = False
 
     def start(self, s: Tensor) -> tuple:
         return (s.new_zeros(*s.shape[:2], 1),)
@@ -104,6 +108,7 @@ class EntropyExit(NamedTuple):
     """Stop when the next token's entropy moves by < threshold, in nats; infinite at first."""
 
     threshold: float
+    every_group = False
 
     def start(self, s: Tensor) -> tuple:
         return (s.new_full(s.shape[:2], torch.inf, dtype=torch.float),)
@@ -120,6 +125,7 @@ class ArgmaxExit(NamedTuple):
     """Stop when the likeliest token has stayed the same for threshold loops."""
 
     threshold: float
+    every_group = False
 
     def start(self, s: Tensor) -> tuple:
         no_token = s.new_full(s.shape[:2], -1, dtype=torch.long)
@@ -140,6 +146,7 @@ class GateExit(NamedTuple):
 
     threshold: float
     gate: torch.nn.Module
+    every_group = False
 
     def start(self, s: Tensor) -> tuple:
         return (s.new_ones(s.shape[:2], dtype=torch.float),)
@@ -163,7 +170,10 @@ ExitRule = StateExit | KLExit | EntropyExit | ArgmaxExit | GateExit
 
 
 def make_exit(model: GPT, rule: str, threshold: float) -> ExitRule | None:
-    """Return an exit rule, None at threshold 0, which is off. ValueError where it cannot be."""
+    """Return an exit rule, None at threshold 0, which is off. ValueError where it cannot be.
+
+    In a model of several groups state ends the loops of each, other rules those of the last alone.
+    """
     if rule not in EXITS:
         raise ValueError(f"exit_rule={rule!r}: must be one of {', '.join(EXITS)}")
     most = 1.0 if rule == "gate" else torch.inf
@@ -177,6 +187,14 @@ def make_exit(model: GPT, rule: str, threshold: float) -> ExitRule | None:
     if threshold == 0:
         return None
     return GateExit(threshold, model.exit_gate) if rule == "gate" else EXITS[rule](threshold)
+
+
+def exit_stages(exit_rule: ExitRule | None, stages: list[Stage]) -> list[int]:
+    """Return the numbers of the stages in which a rule ends loops."""
+    if exit_rule is None:
+        return []
+    looped = [number for number, stage in enumerate(stages) if stage.looped]
+    return looped if exit_rule.every_group else looped[-1:]
 
 
 # -----------------------------------------------------------------------------
@@ -208,6 +226,43 @@ class FrozenCache:
         return self.stored[self.call - 1]
 
 
+def read_out(model: GPT, stages: list[Stage], ctx: Context, s: Tensor) -> Tensor:
+    """Return the logits (B, T, V) of states s (B, T, C) in the first stage; the others follow."""
+    x = stages[0].loop.exit(s)
+    for stage in stages[1:]:
+        x = stage(x, ctx)
+    return model.logits(model.transformer.ln_f(x))
+
+
+def loop_until_exit(
+    stage: Stage,
+    x: Tensor,
+    ctx: Context,
+    exit_rule: ExitRule | None,
+    min_loops: int,
+    logits_here: Callable,
+) -> tuple[Tensor, Tensor]:
+    """Return the states (B, T, C) at which tokens x (B, T, C) stop, and their loops (B, T).
+
+    logits_here(s): logits (B, T, V) of states s (B, T, C).
+    """
+    e, s = stage.loop.begin(x, ctx, stage.n)
+    cache = FrozenCache()
+    carry = exit_rule.start(s) if exit_rule else ()
+    used = torch.full(e.shape[:2], stage.n, device=e.device)
+    for i in range(stage.n):
+        stopped = used <= i
+        cache.begin_loop(stopped)
+        new = stage.loop.step(s, e, i, ctx._replace(cache=cache))
+        s = torch.where(stopped.unsqueeze(-1), s, new)
+        if exit_rule:
+            measure, carry = exit_rule.measure(carry, s, partial(logits_here, s))
+            stops = exit_rule.reached(measure) & (used > i + 1) & (i + 1 >= min_loops)
+            used = torch.where(stops, i + 1, used)
+    return s, used
+
+
+@torch.compiler.set_stance("force_eager")  # the cache changes with each call: a graph for each
 @torch.no_grad()
 def exit_logits(
     model: GPT,
@@ -215,45 +270,38 @@ def exit_logits(
     exit_rule: ExitRule | None,
     n_loop=None,
     min_loops: int = 1,
-    group: int = -1,
+    group: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return logits (B, T, V) of idx (B, T), and the loops of a group that each token made.
+    """Return logits (B, T, V) of idx (B, T), and the loops that each token made, of all groups.
 
-    Tokens stop by the rule (None: never), from min_loops on, as they do in decoding one by one,
-    where deeper loops of later tokens read a stopped token's deepest keys and values: the same
-    numbers, in n loops over all tokens at once. Rules that read logits are approximate here if
-    blocks follow the loop: these blocks see the states of earlier tokens after the same number of
-    loops, while in decoding they see their final states.
+    group: the number of the one whose loops are returned; the rule (None: never) is asked there
+    too, if it is another than those of exit_stages.
+    Tokens stop from min_loops on, as they do in decoding one by one, where deeper loops of later
+    tokens read a stopped token's deepest keys and values: the same numbers, in n loops over all
+    tokens at once. Rules that read logits are approximate here if blocks follow the loop: these
+    blocks see the states of earlier tokens after the same number of loops, while in decoding they
+    see their final states.
     """
-    before, (loop, n, _), after = model.around_group(n_loop, group)
+    stages = model.schedule(n_loop)
+    looped = [number for number, stage in enumerate(stages) if stage.looped]
+    counted, asked = looped, exit_stages(exit_rule, stages)
+    if group is not None:
+        counted = [looped[group]]
+        asked = [*asked, looped[group]]
     x, ctx = model.embed(idx)
-    T = idx.size(1)
-    for stage in before:
-        x = stage(x, ctx)
-
-    def hidden(s: Tensor) -> Tensor:
-        x = loop.exit(s)
-        for stage in after:
+    used = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+    for number, stage in enumerate(stages):
+        if not stage.looped:
             x = stage(x, ctx)
-        return model.transformer.ln_f(x)
-
-    def read_out(s: Tensor) -> Tensor:
-        return model.logits(hidden(s))
-
-    e, s = loop.begin(x, ctx, n)
-    cache = FrozenCache()
-    carry = exit_rule.start(s) if exit_rule else ()
-    used = torch.full(e.shape[:2], n, device=e.device)
-    for i in range(n):
-        stopped = used <= i
-        cache.begin_loop(stopped)
-        new = loop.step(s, e, i, ctx._replace(cache=cache))
-        s = torch.where(stopped.unsqueeze(-1), s, new)
-        if exit_rule:
-            measure, carry = exit_rule.measure(carry, s, partial(read_out, s))
-            stops = exit_rule.reached(measure) & (used > i + 1) & (i + 1 >= min_loops)
-            used = torch.where(stops, i + 1, used)
-    return model.logits(hidden(s)[:, -T:]), used[:, -T:]
+            continue
+        rule = exit_rule if number in asked else None
+        logits_here = partial(read_out, model, stages[number:], ctx)
+        s, loops = loop_until_exit(stage, x, ctx, rule, min_loops, logits_here)
+        x = stage.loop.exit(s)
+        if number in counted:
+            used = used + loops
+    T = idx.size(1)
+    return model.logits(model.transformer.ln_f(x)[:, -T:]), used[:, -T:]
 
 
 def exit_evaluation(
@@ -264,7 +312,10 @@ def exit_evaluation(
     n_loop=None,
     min_loops: int = 1,
 ) -> tuple[float, float]:
-    """Return (loss, loops): mean nats of targets (B, T), -1 ignored, and mean loops, with exit."""
+    """Return (loss, loops) with exit: mean nats of targets (B, T), -1 ignored, and mean loops.
+
+    The loops of a token are those of all groups together.
+    """
     logits, used = exit_logits(model, idx, exit_rule, n_loop, min_loops)
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
     return loss.item(), used[targets >= 0].float().mean().item()

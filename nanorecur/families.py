@@ -7,7 +7,7 @@ family has for the same thing. Opening and writing files is in pretrained.py.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +28,7 @@ def no_fields(_: object) -> dict:
 class Family:
     """The config.json and the tensor names of a family, as pairs of ours and theirs."""
 
+    name: str
     # config.json: fields that must have this value or be missing, since GPTConfig has no option
     # for any other value
     demands: dict
@@ -180,6 +181,9 @@ def read_parcae(config_json: dict) -> dict:
 
 
 def write_parcae(config: GPTConfig) -> dict:
+    """Return rope_settings and logit_softcap; ValueError where gates may be of other blocks."""
+    legal = gates_have_tables(config) or not config.value_embedding
+    require("value_embedding", config.value_embedding, legal, "False with odd numbers of blocks")
     rope = {"use_rope": True, "rope_condense_ratio": 1, "rope_base": config.rope_base}
     return {"rope_settings": rope, "logit_softcap": config.logit_softcap or None}
 
@@ -190,6 +194,7 @@ def write_parcae(config: GPTConfig) -> dict:
 LAYER = "model.layers.{layer}"
 
 GPT2 = Family(
+    name="GPT-2",
     demands={
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -224,6 +229,7 @@ GPT2 = Family(
     ),
 )
 LLAMA = Family(
+    name="Llama",
     demands={
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -263,12 +269,14 @@ LLAMA = Family(
 )
 QWEN3 = replace(
     LLAMA,
+    name="Qwen3",
     demands=LLAMA.demands | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
     fixed=LLAMA.fixed | {"qk_norm": "head"},
     defaults=LLAMA.defaults | {"head_size": 128},
 )
 OLMO2 = replace(
     LLAMA,
+    name="OLMo-2",
     demands=LLAMA.demands | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]},
     fixed=LLAMA.fixed | {"norm_place": "post", "qk_norm": "width"},
     defaults=LLAMA.defaults | {"norm_eps": 1e-5},
@@ -286,6 +294,7 @@ SECTION = "transformer.{section}"  # of a block: prelude.0, core_block.0, coda.0
 
 OURO = replace(
     LLAMA,
+    name="Ouro",
     demands=LLAMA.demands | {"model_type": "ouro", "architectures": ["OuroForCausalLM"]},
     fields=LLAMA.fields | {"n_block": "num_hidden_layers", "n_loop": "total_ut_steps"},
     fixed={
@@ -306,6 +315,7 @@ OURO = replace(
     },
 )
 HUGINN = Family(
+    name="Huginn",
     demands={
         "model_type": "huginn_raven",
         "architectures": ["RavenForCausalLM"],
@@ -404,6 +414,7 @@ RETROFITTED_OLMO = retrofitted(
     tensors={"ln_1_out": f"{SECTION}.norm_1", "ln_2_out": f"{SECTION}.norm_2"},
 )
 PARCAE = Family(
+    name="Parcae",
     demands={
         "model_type": "parcae",
         "_class_name": "ParcaeConfig",
@@ -462,7 +473,9 @@ PARCAE = Family(
 # -----------------------------------------------------------------------------
 # finding the family of a config.json, or of a GPTConfig
 
-OURS = Family(demands={"model_type": "nanorecur"}, fields={})  # config.json is GPTConfig itself
+# config.json is GPTConfig itself
+OURS = Family(name="nanoRecur", demands={"model_type": "nanorecur"}, fields={})
+IN_TRANSFORMERS = (GPT2, LLAMA, QWEN3, OLMO2)  # the library opens them without code of others
 EXPORTED = (GPT2, LLAMA, QWEN3, OLMO2, HUGINN, RETROFITTED_LLAMA, RETROFITTED_OLMO, OURO, PARCAE)
 RETROFITTED = {"llama": RETROFITTED_LLAMA, "olmo": RETROFITTED_OLMO}  # model_type is Huginn's
 FAMILIES = {
@@ -788,6 +801,48 @@ def reorder_heads(config: GPTConfig, tensor: Tensor, shape: tuple[int, int]) -> 
     rotated, values = tensor[:n_rotated], tensor[n_rotated:]
     heads = rotated.view(-1, *shape, *tensor.shape[1:]).transpose(1, 2)
     return torch.cat((heads.reshape(rotated.shape), values))
+
+
+# -----------------------------------------------------------------------------
+# Parcae's value embeddings
+
+
+def gates_have_tables(config: GPTConfig) -> bool:
+    """Return True where the released code gives gate and table to the same blocks for certain.
+
+    Every other block has a table, counted from the last one, and every other layer a gate, where
+    the looped blocks count once for each loop. Both are the odd ones if these numbers are even.
+    """
+    return config.n_block % 2 == 0 and config.n_physical % 2 == 0
+
+
+class ValueEmbeddings(NamedTuple):
+    """Stored tensors of value embeddings; one acts where its block has both a table and a gate."""
+
+    acting: list[str]
+    idle: list[str]
+    without_gate: dict[str, tuple]  # {table, and gate that is missing: shape}
+
+
+def find_value_embeddings(config: GPTConfig, names: Container[str]) -> ValueEmbeddings:
+    """Sort the value embeddings among the names of a Parcae model's stored tensors."""
+    n_kv_head = config.n_kv_head or config.n_head
+    table_shape = (config.vocab_size, n_kv_head * config.head_dim)
+    gate_shape = (n_kv_head, min(32, config.n_embd))
+    found = ValueEmbeddings([], [], {})
+    blocks = range(config.n_physical)
+    for block in blocks:
+        value = f"transformer.h.{block}.attn.value"
+        (table,) = stored_names(PARCAE, config, f"{value}.table.weight", blocks)
+        (gate,) = stored_names(PARCAE, config, f"{value}.gate.weight", blocks)
+        if table in names and gate in names:
+            found.acting.extend((table, gate))
+        elif table in names:
+            found.idle.append(table)
+            found.without_gate.update({table: table_shape, gate: gate_shape})
+        elif gate in names:
+            found.idle.append(gate)
+    return found
 
 
 # -----------------------------------------------------------------------------

@@ -49,3 +49,9 @@ def sha256(path: str | Path) -> str:
     """Return the sha256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def runs_here() -> list[str]:
+    """Return the names of the folders in the current directory that hold ckpt.pt, newest first."""
+    paths = sorted(Path().glob("*/ckpt.pt"), key=os.path.getmtime, reverse=True)
+    return [path.parent.name for path in paths]

@@ -1,14 +1,22 @@
 """
-The machine: devices, number types, data sheets, peak FLOP/s, memory, weights packed for a CPU.
+The machine: versions, devices, number types, data sheets, peak FLOP/s, clock, memory, weights laid
+out for a CPU.
 """
 
 import contextlib
+import difflib
 import functools
+import json
 import os
+import platform
 import re
+import statistics
 import sys
+import threading
 import time
 import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +25,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from configurator import require
+from nanorecur.files import write_atomically
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAYOUTS = ("packed", "plain", "transposed")  # of weights for decoding on a CPU, see lay_out
+TORCH_VERSIONS = (2, 11), (2, 14)  # the oldest and the newest that were run
+PYTHON_VERSIONS = (3, 11), (3, 13)
 
 
 class Gpu(NamedTuple):
@@ -67,6 +81,31 @@ GPUS = {
     "MI250X": Gpu(191.5e12, 47.9e12, 64, 200e9),
     "MI210": Gpu(181e12, 45.3e12, 64, 32e9),
 }
+
+
+# -----------------------------------------------------------------------------
+# versions
+def check_versions() -> None:
+    """Raise ValueError where torch or Python is too old; warn on stderr of one that is too new."""
+    numbers = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    torch_version = (int(numbers[1]), int(numbers[2]))
+    check_version("torch", torch.__version__, torch_version, *TORCH_VERSIONS)
+    check_version("python", platform.python_version(), sys.version_info[:2], *PYTHON_VERSIONS)
+
+
+def check_version(
+    name: str,
+    shown: str,
+    version: tuple[int, int],
+    oldest: tuple[int, int],
+    newest: tuple[int, int],
+) -> None:
+    """Raise ValueError where a version is less than the oldest; warn where it is beyond newest."""
+    allowed = "{}.{} to {}.{}".format(*oldest, *newest)
+    require(name, shown, version >= oldest, allowed)
+    if version > newest and os.environ.get("RANK", "0") == "0":
+        words = f"warning: {name} {shown} is newer than what was tried, {allowed}"
+        print(words, file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -154,9 +193,19 @@ def compile_works(device: torch.device) -> bool:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, no Triton, an unsupported Python: of many types
         reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-        print(f"compile: does not work here, running eager ({reason})")
+        need = "" if device.type == "cuda" else "; it needs a C++ compiler, see README"
+        print(f"compile: does not work here, running eager ({reason}){need}")
         return False
     return True
+
+
+def make_deterministic() -> None:
+    """Let every operation give the same bits in every run on this machine, from now on.
+
+    On CUDA this costs time: attention and embeddings otherwise add up gradients in any order.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+    torch.use_deterministic_algorithms(True)
 
 
 # -----------------------------------------------------------------------------
@@ -176,8 +225,21 @@ def find_gpu(name: str) -> Gpu:
     if name == "cpu":
         return measure_cpu()
     if name not in known:
+        close = similar_names(name, known)
+        if close:
+            hint = f"did you mean {' or '.join(close)}?"
+            raise ValueError(f"gpu={name!r}: has no data sheet here, {hint}")
         raise ValueError(f"gpu={name!r}: must be cpu or one of {', '.join(known)}")
     return known[name]
+
+
+def similar_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known name that differs in case and hyphens alone, else up to three like it."""
+    letters = {"".join(filter(str.isalnum, other)): other for other in known}
+    written = "".join(filter(str.isalnum, name.lower()))
+    if written in letters:
+        return [letters[written]]
+    return [letters[close] for close in difflib.get_close_matches(written, letters)]
 
 
 def measure_cpu() -> Gpu:
@@ -228,6 +290,35 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+class Progress:
+    """Says on stderr what is going on, as long as it is entered, every so many seconds.
+
+    What takes less time says nothing.
+    """
+
+    def __init__(self, interval: float = 10.0):
+        self.interval = interval  # seconds
+        self.doing = "starting"
+        self.ended = threading.Event()
+
+    def now(self, doing: str) -> None:
+        """Set what is going on from now on."""
+        self.doing = doing
+
+    def __enter__(self) -> "Progress":
+        threading.Thread(target=self.tell, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.ended.set()
+
+    def tell(self) -> None:
+        seconds = self.interval
+        while not self.ended.wait(self.interval):
+            print(f"  {seconds:.0f} s: {self.doing}", file=sys.stderr, flush=True)
+            seconds += self.interval
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes in use so far: allocated on a GPU, on a CPU those of this process."""
     if device.type == "cuda":
@@ -245,28 +336,121 @@ def peak_memory(device: torch.device) -> int:
 
 
 # -----------------------------------------------------------------------------
-# weights packed for decoding on a CPU
-def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
-    """Let Linear layers on a CPU read weights that oneDNN has reordered, in dtype, to decode only.
+# weights laid out for decoding on a CPU
+def lay_out(model: nn.Module, dtype: torch.dtype, layout: str = "auto", rows: int = 1) -> str:
+    """Let Linear layers on a CPU read weights in dtype and in a layout, to decode only.
 
-    A few rows of tokens then cost what reading the weights costs, on all threads; torch's own
-    product of a matrix and one row runs on one thread. The packed weights are a second copy of the
-    model. They have no backward pass and torch.compile does not take them. Returns False, and
-    changes nothing, where this torch has no oneDNN for dtype.
+    A few rows of tokens cost what reading the weights costs. How fast that is depends on their
+    order in memory, and the best order on the processor. layout: one of LAYOUTS, which is returned,
+    or auto for the fastest with so many rows. Weights in another dtype or order are a second copy
+    of the model. There is no backward pass, and torch.compile does not take packed weights.
+    ValueError where this torch lacks the layout.
     """
-    if not torch.backends.mkldnn.is_available():
+    legal = usable_layouts(dtype)
+    require("cpu_weights", layout, layout in ("auto", *legal), f"auto, {' or '.join(legal)}")
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    if layout == "auto":
+        layout = fastest_layout(layers, dtype, rows)
+    for layer in layers:
+        layer.forward = laid_out(layer, dtype, layout)
+    return layout
+
+
+def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
+    """Let Linear layers read packed weights; return False where this torch has none in dtype."""
+    if "packed" not in usable_layouts(dtype):
         return False
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().to(dtype))
-            bias = None if module.bias is None else module.bias.detach().to(dtype)
-            module.forward = functools.partial(packed_linear, weight, bias)
+    lay_out(model, dtype, "packed")
     return True
+
+
+def usable_layouts(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the layouts that this torch has for dtype: packed ones are oneDNN's."""
+    packs = torch.backends.mkldnn.is_available()
+    if dtype == torch.bfloat16:
+        packs = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return LAYOUTS if packs else tuple(layout for layout in LAYOUTS if layout != "packed")
+
+
+def laid_out(layer: nn.Linear, dtype: torch.dtype, layout: str) -> Callable[[Tensor], Tensor]:
+    """Return a Linear layer's forward with its weight in dtype and in a layout."""
+    weight = layer.weight.detach().to(dtype)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    if layout == "packed":
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return functools.partial(packed_linear, weight, bias)
+    if layout == "transposed":
+        weight = weight.t().contiguous().t()
+    return functools.partial(plain_linear, weight, bias)
 
 
 def packed_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """Return the product of x (.., in) and packed weights, in the dtype of x."""
     y = torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [], "")
     return y.to(x.dtype)
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Return the product of x (.., in) and weights (out, in), in the dtype of x."""
+    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def fastest_layout(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> str:
+    """Return the fastest layout of these layers' weights, timed once and kept in a cache folder."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanorecur")
+    path = path / "decoding.json"
+    shapes = Counter(f"{layer.out_features}x{layer.in_features}" for layer in layers)
+    setting = [cpu_name(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"]
+    setting += [str(dtype).removeprefix("torch."), f"{rows} rows"]
+    key = ", ".join([*setting, *(f"{count} of {shape}" for shape, count in shapes.items())])
+    try:
+        known = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # there is none, or it is damaged: another one is made
+        known = {}
+    if known.get(key) not in usable_layouts(dtype):
+        seconds = time_layouts(layers, dtype, rows)
+        known[key] = min(seconds, key=seconds.get)
+        with contextlib.suppress(OSError):  # without a folder to write to it is timed each time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(known, indent=1).encode())
+    return known[key]
+
+
+def time_layouts(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> dict[str, float]:
+    """Return {layout: seconds of these layers' products}, from a layer of each shape.
+
+    Layouts and shapes take turns, as many as 50 ms hold, so that weights come from where they come
+    from in decoding, memory or cache, and a busy machine disturbs all alike.
+    """
+    counts = Counter(layer.weight.shape for layer in layers)
+    products = {}
+    for shape, layer in {layer.weight.shape: layer for layer in layers}.items():
+        x = torch.ones(rows, 1, layer.in_features)
+        for layout in usable_layouts(dtype):
+            products[layout, shape] = functools.partial(laid_out(layer, dtype, layout), x)
+    times, start, rounds = defaultdict(list), time.perf_counter(), 0
+    while rounds < 5 or time.perf_counter() - start < 0.05:
+        for name, product in products.items():
+            before = time.perf_counter()
+            product()
+            times[name].append(time.perf_counter() - before)
+        rounds += 1
+    seconds = defaultdict(float)
+    for (layout, shape), durations in times.items():
+        seconds[layout] += counts[shape] * statistics.median(durations)
+    return dict(seconds)
+
+
+def cpu_name() -> str:
+    """Return the processor's name; on Linux with family and model, or the parts of an ARM."""
+    info = Path("/proc/cpuinfo")
+    facts = {}
+    if info.exists():
+        for line in info.read_text().split("\n\n")[0].splitlines():  # of the first core
+            name, _, value = line.partition(":")
+            facts[name.strip()] = value.strip()
+    found = [facts[name] for name in ("model name",) if name in facts]
+    for name in ("cpu family", "model", "CPU implementer", "CPU part"):
+        if name in facts:
+            found.append(f"{name} {facts[name]}")
+    return ", ".join(found) or platform.processor() or platform.machine()

@@ -33,7 +33,7 @@ LOGITS_AT_ONCE = 2**23  # bound of rows * T * V in one forward pass
 
 
 def training_curves(entries: list[dict]) -> Arrays:
-    """Return the curves of training and of validation at the run's own depth.
+    """Return the curves of training and of validation at the run's own depth, those with points.
 
     entries: of log.jsonl. Raises KeyError, TypeError or StopIteration for those that are not.
     """
@@ -48,17 +48,30 @@ def training_curves(entries: list[dict]) -> Arrays:
         curves[name] = [entry[name] for entry in steps]
     for name in ("loss", "bits_per_byte"):
         curves[f"val {name}"] = [row[name] for row in own]
-    return {name: np.array(values, dtype=float) for name, values in curves.items()}
+    if not any(curves["loops"]):  # nothing is looped
+        del curves["loops"]
+    return {name: np.array(values, dtype=float) for name, values in curves.items() if values}
 
 
 # -----------------------------------------------------------------------------
 # loss against loops
 
 
-def spread_windows(split: Split, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (x, y), each (N, T): evenly spaced windows of a split, at most count of them."""
-    x, y = split.windows(split.spread(min(count, split.n_windows)))
-    return torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
+def evaluated_windows(split: Split, settings: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return (starts, n_scored) of the windows that train.py evaluates with these settings.
+
+    settings: eval_iters, batch_size and eval_stride, as in a run's config. n_scored: how many last
+    targets of each window count.
+    """
+    if settings["eval_stride"]:
+        return split.sliding(settings["eval_stride"])
+    return spread_windows(split, settings["eval_iters"] * settings["batch_size"])
+
+
+def spread_windows(split: Split, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (starts, n_scored) of evenly spaced windows of a split, at most so many."""
+    starts = split.spread(min(most, split.n_windows))
+    return starts, np.full(len(starts), split.block_size)
 
 
 def batches(model: GPT, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -68,16 +81,43 @@ def batches(model: GPT, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def score(model: GPT, x: Tensor, y: Tensor, n_loop: int | None) -> tuple[float, float]:
-    """Return loss (nats per token) and accuracy of windows x, y (N, T); n_loop as in GPT.forward.
+def score(model: GPT, x: Tensor, y: Tensor, loops: list[int | None]) -> np.ndarray:
+    """Return loss (nats per token) and accuracy of windows x, y (N, T) at each loop count: (.., 2).
 
-    The model must be in eval mode.
+    loops: counts as GPT.forward takes n_loop. The model must be in eval mode.
     """
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, right guesses, tokens
+    score_depths = score_in_one_pass if len(model.config.groups) == 1 else score_one_by_one
+    sums = torch.zeros(len(loops), 3, dtype=torch.float64)  # nats, right guesses, tokens
     for inputs, targets in batches(model, x, y):
-        sums += score_batch(model, inputs, targets, n_loop)[0]
-    loss, accuracy = (sums[:2] / sums[2]).tolist()
-    return loss, accuracy
+        sums += score_depths(model, inputs, targets, loops)
+    return (sums[:, :2] / sums[:, 2:]).numpy()
+
+
+def score_one_by_one(model: GPT, x: Tensor, y: Tensor, loops: list[int | None]) -> Tensor:
+    """Return (nats, right guesses, tokens) at each loop count, by a forward pass each: (.., 3)."""
+    return torch.stack([score_batch(model, x, y, n)[0] for n in loops])
+
+
+def score_in_one_pass(model: GPT, x: Tensor, y: Tensor, loops: list[int | None]) -> Tensor:
+    """Return what score_one_by_one does, of a model with one looped group, whose states serve all.
+
+    The state after n loops does not depend on how many follow.
+    """
+    counts = [model.config.counts(n)[0] for n in loops]
+    by_count = {}
+    for n, (_, hidden) in enumerate(after_each_loop(model, x, max(counts)), 1):
+        if n in counts:
+            by_count[n] = score_logits(model.logits(hidden), y)
+    return torch.stack([by_count[n] for n in counts])
+
+
+def score_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """Return (nats, right guesses, tokens), float64, on the CPU, of targets y (B, T), -1: none."""
+    counted = y >= 0
+    losses = F.cross_entropy(logits[counted].float(), y[counted], reduction="none")
+    right = logits.argmax(-1) == y
+    sums = losses.double().sum(), (right & counted).sum(), counted.sum()
+    return torch.stack([part.double().cpu() for part in sums])
 
 
 def depth_sweep(
@@ -86,14 +126,14 @@ def depth_sweep(
     """Return loss, bits per byte and accuracy of windows x, y (N, T) at each of the loop counts.
 
     configured_loss and so on: the same at the config's own loops. trained: see trained_range.
+    Where nothing is looped, loops is empty and only the configured ones are measured.
     """
     data = {
-        "loops": np.array(loops),
+        "loops": np.array(loops, dtype=int),
         "trained": trained_range(model.config),
-        "configured": np.array(model.config.counts()),
+        "configured": np.array(model.config.counts(), dtype=int),
     }
-    scores = np.array([score(model, x, y, n) for n in (None, *loops)])  # (1 + loops, 2)
-    loss, accuracy = scores.T
+    loss, accuracy = score(model, x, y, [None, *loops]).T
     bits_per_byte = loss / math.log(2) * tokens_per_byte
     measured = {"loss": loss, "bits_per_byte": bits_per_byte, "accuracy": accuracy}
     for name, values in measured.items():

@@ -61,11 +61,19 @@ class Objective(nn.Module):
         return OBJECTIVES[self.name](self, idx, targets, n_loop, shift)
 
     def flops_per_token(self, n_loop=None) -> int:
-        """Return the model's FLOPs, with heads and further read-outs; recomputation not counted."""
+        """Return the FLOPs of a step per token, with heads and further read-outs.
+
+        Not counted: recomputation, the gate, the token that predict_ahead puts before a window.
+        """
         model = self.model
         flops = model.forward_flops
         heads = flops(model.ahead) + len(model.ahead) * flops(model.lm_head)
         total = model.flops_per_token(n_loop) + 3 * heads
+        if self.name == "exit_gate":  # the model only runs forward
+            total = flops(model.lm_head)
+            for loop, n, _ in model.schedule(n_loop):
+                one_loop = sum(map(flops, (loop.inject, *loop.blocks)))
+                total += n * one_loop + flops(loop.exit)
         passes = EXIT_PASSES[self.name]
         if passes:
             _, (loop, n, _), after = model.around_group(n_loop)
@@ -232,7 +240,7 @@ def exit_loss(objective: Objective, idx, targets, n_loop, shift):
         **log_of_exits(losses, targets),
         "expected": sum_of(expected, targets),
         "entropy": sum_of(entropy, targets),
-        "loops": sum_of(loops, targets),
+        "expected_loops": sum_of(loops, targets),
     }
     return (expected - objective.entropy_weight * entropy).sum(), log
 

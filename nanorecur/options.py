@@ -1,17 +1,27 @@
 """
 Legal values of train.py's options, as far as they need neither data nor model.
+
+Values that are wrong are refused. Options without effect are refused where they stand on the
+command line and named in a warning where a config file sets them, since one file serves several
+runs. A schedule that makes no sense is warned of: short trials of long configs are legal.
 """
 
 from math import inf
+from pathlib import Path
 
-from configurator import check_ranges, require
+from configurator import check_ranges, read_knobs, require, show
+from model import GPT, LOOP_OFF, GPTConfig
+from nanorecur.exit_rules import make_exit
 from nanorecur.parallel import Processes
 from nanorecur.recompute import RECOMPUTE
 
+ROOT = Path(__file__).parent.parent
 RANGES = {  # option: (least, most)
     "eval_interval": (1, inf),
     "save_interval": (0, inf),
     "keep_last": (2, inf),  # one is whole while the other is written
+    "keep_every": (0, inf),
+    "val_share": (0, 0.5),
     "eval_iters": (1, inf),
     "log_interval": (1, inf),
     "batch_size": (1, inf),
@@ -28,6 +38,8 @@ RANGES = {  # option: (least, most)
     "spectral_clip_beta": (0, inf),
     "spectral_clip_interval": (1, inf),
     "warmup_iters": (0, inf),
+    "lr_decay_iters": (0, inf),
+    "hold_iters": (0, inf),
     "min_lr": (0, inf),
     "loop_warmup_iters": (0, inf),
     "patience": (1, inf),
@@ -59,7 +71,6 @@ def check_options(config: dict, processes: Processes) -> None:
     if config["loops_per_row"]:
         next_only = config["objective"] == "next"
         check("loops_per_row", next_only, "False where every loop of a step has its loss")
-    check_schedule(config)
     check_processes(config, processes)
 
 
@@ -69,14 +80,35 @@ def check_choices(config: dict) -> None:
         require(name, config[name], config[name] in values, "one of " + ", ".join(values))
 
 
-def check_schedule(config: dict) -> None:
-    """Raise ValueError where the learning rate's iterations are in no order."""
-    warmup, hold, decay = (config[f"{part}_iters"] for part in ("warmup", "hold", "lr_decay"))
-    if config["decay_lr"]:
-        require("lr_decay_iters", decay, decay > warmup, f"more than warmup_iters={warmup}")
+def decay_span(config: dict) -> tuple[int, int]:
+    """Return the steps at which the learning rate begins to fall and at which it is min_lr."""
+    end = config["lr_decay_iters"] or config["max_iters"]
+    start = config["warmup_iters"]
     if config["lr_schedule"] == "wsd":
-        allowed = f"from warmup_iters={warmup} to less than lr_decay_iters={decay}"
-        require("hold_iters", hold, warmup <= hold < decay, allowed)
+        start = max(start, config["hold_iters"] or 2 * end // 3)
+    return start, end
+
+
+def schedule_warnings(config: dict) -> list[str]:
+    """Return what of the learning rate's schedule makes little sense, in words."""
+    if not config["decay_lr"]:
+        return []
+    max_iters, warmup = config["max_iters"], config["warmup_iters"]
+    start, end = decay_span(config)
+    if warmup >= max_iters > 0:
+        return [f"the run ends in its warm-up: max_iters={max_iters}, warmup_iters={warmup}"]
+    if config["lr_schedule"] == "constant":
+        return []
+    warnings = []
+    if start >= max_iters > 0:
+        warnings.append(f"the rate never falls: hold_iters={start}, max_iters={max_iters}")
+    elif end <= start:
+        words = f"the rate falls to min_lr at once after step {start}: lr_decay_iters={end}"
+        warnings.append(words)
+    if config["min_lr"] == 0 and max(start, end) < max_iters:
+        words = f"the rate is 0 from step {max(start, end)} of {max_iters}: lr_decay_iters={end}"
+        warnings.append(words)
+    return warnings
 
 
 def check_processes(config: dict, processes: Processes) -> None:
@@ -94,6 +126,98 @@ def check_processes(config: dict, processes: Processes) -> None:
         require("loops_per_row", by_row, not by_row, allowed)
 
 
+def check_against_model(config: dict, model: GPT) -> None:
+    """Raise ValueError where options do not go with the model. config: also that of the model."""
+    if config["automatic_loop_exit"]:
+        make_exit(model, config["exit_rule"], config["automatic_loop_exit_threshold"])
+    stride, block_size = config["eval_stride"], config["block_size"]
+    allowed = f"from 0 to block_size={block_size}"
+    require("eval_stride", stride, 0 <= stride <= block_size, allowed)
+    if config["predict_ahead"]:
+        shift = config["max_shift"]
+        require("max_shift", shift, shift <= block_size, f"at most block_size={block_size}")
+
+
 def pad_vocab(n_ids: int) -> int:
     """Return the vocabulary of a new model: a large one is padded to a multiple of 64 for GPUs."""
     return n_ids if n_ids < 1024 else -(-n_ids // 64) * 64
+
+
+# -----------------------------------------------------------------------------
+# options without effect
+
+
+def without_effect(config: dict, looped: bool) -> dict[str, str]:
+    """Return {option: why it has no effect} for all that have none beside the others' values."""
+    reasons = {}
+
+    def need(condition: object, reason: str, *names: str) -> None:
+        if not condition:
+            reasons.update(dict.fromkeys(names, reason))
+
+    plain = "nothing is looped (n_block=0 and no loop_groups)"
+    need(looped, plain, "bptt_k", "loop_sampling", "loop_noise_scale", "eval_loops")
+    need(looped, plain, "loop_warmup_iters", "loops_per_row", "automatic_loop_exit")
+    need(config["loop_warmup_iters"], "loop_warmup_iters=0", "loop_warmup")
+    need(looped or config["spectral_clip_all"], plain, "spectral_clip_beta")
+    clip = ("spectral_clip_interval", "spectral_clip_all")
+    need(config["spectral_clip_beta"], "spectral_clip_beta=0", *clip)
+    exits = ("exit_rule", "automatic_loop_exit_threshold")
+    need(config["automatic_loop_exit"], "automatic_loop_exit=False", *exits)
+    need(config["optimizer"] == "muon", "optimizer is not muon", "muon_learning_rate")
+    need(config["lr_schedule"] == "wsd", "lr_schedule is not wsd", "hold_iters")
+    need(config["objective"] == "deep", "objective is not deep", "loss_weighting")
+    need(config["objective"] == "exit", "objective is not exit", "entropy_weight")
+    need(config["objective"] == "distill", "objective is not distill", "distill_weight")
+    need(config["n_ahead"] > 1, "n_ahead=1", "ahead_weight")
+    need(config["predict_ahead"], "predict_ahead=False", "max_shift", "label_shift_prob")
+    need(config["stream"], "stream=False", "input_files", "val_share")
+    need(config["wandb_log"], "wandb_log=False", "wandb_project", "wandb_run_name", "wandb_mode")
+    from_scratch = config["init_from"] == "scratch"
+    new = ("layers", "drop_weights", "allow_other_tokenizer")
+    need(not from_scratch, "init_from=scratch takes no weights", *new)
+    return reasons
+
+
+def check_effects(config: dict, given: set[str], argv: list[str], looped: bool) -> list[str]:
+    """Return warnings of options in config files without effect; ValueError for argv's.
+
+    given: the options that were set. With use_model_baseline those of loops are no mistake.
+    """
+    reasons = without_effect(config, looped or config["use_model_baseline"])
+    knobs = {**read_knobs(ROOT / "model.py", "GPTConfig"), **read_knobs(ROOT / "train.py")}
+    idle = [name for name in reasons if name in given and config[name] != knobs[name].value]
+    typed = {argument.removeprefix("--").split("=")[0] for argument in argv}
+    for name in idle:
+        if name in typed:
+            raise ValueError(f"{name}={show(config[name])}: has no effect, {reasons[name]}")
+    if not idle:
+        return []
+    return ["without effect: " + ", ".join(f"{name} ({reasons[name]})" for name in idle)]
+
+
+def warnings_of(config: dict, given: set[str], argv: list[str], model: GPTConfig) -> list[str]:
+    """Return all that is legal and yet worth a line when a run starts."""
+    warnings = check_effects(config, given, argv, looped=bool(model.groups))
+    if objective_of(config) != config["objective"]:
+        warnings.append(f"objective={config['objective']} needs loops; the baseline trains next")
+    return warnings + schedule_warnings(config) + plain_gpt_hints(model)
+
+
+def plain_gpt_hints(config: GPTConfig) -> list[str]:
+    """Return what to say of a core that is looped once: it has parts that a plain GPT has not."""
+    off = all(getattr(config, name) == value for name, value in LOOP_OFF.items())
+    if not config.groups or max(config.counts()) > 1 or config.loop_sampling != "fixed" or off:
+        return []
+    plain = f"--n_layer={config.n_physical} or --use_model_baseline"
+    return [f"one loop of a core with an injection and a norm is no plain GPT; {plain} is"]
+
+
+def objective_of(config: dict) -> str:
+    """Return the objective that is trained; of the baseline of a looped config "next"."""
+    baseline = config["use_model_baseline"] and config["objective"] != "next"
+    if not baseline:
+        return config["objective"]
+    allowed = "another one with use_model_baseline: nothing but the exit gate would be trained"
+    require("objective", config["objective"], config["objective"] != "exit_gate", allowed)
+    return "next"

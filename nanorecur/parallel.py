@@ -6,6 +6,7 @@ A script calls the same methods in all three cases; alone they do next to nothin
 """
 
 import gc
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -96,9 +97,10 @@ class Processes:
         self.wrapped = objective
         if self.distributed:
             devices = [device.index] if device.type == "cuda" else None
-            self.wrapped = DDP(
-                objective, devices, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            options = {buffers_option(DDP): False}  # they are constants
+            # would cut each compiled graph in two; they are small enough to overlap as they are
+            torch._dynamo.config.optimize_ddp = False
+            self.wrapped = DDP(objective, devices, gradient_as_bucket_view=True, **options)
         return self.wrapped
 
     def sync_gradients(self, sync: bool) -> None:
@@ -198,6 +200,13 @@ class ShardedProcesses(Processes):
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(code)
+
+
+def buffers_option(wrapper: type) -> str:
+    """Return the name of DDP's argument that sends buffers before each forward pass."""
+    new = "forward_sync_buffers"  # since torch 2.13
+    known = any(new in inspect.signature(cls).parameters for cls in wrapper.__mro__)
+    return new if known else "broadcast_buffers"
 
 
 def call(function: Callable, *arguments) -> object:

@@ -62,12 +62,12 @@ def panels(count: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, list(axes.flat[:count])
 
 
-def add_legend(figure: Figure, panel: Axes) -> None:
+def add_legend(figure: Figure, panel: Axes, title: str = "") -> None:
     """Put one legend under the whole figure, of the lines in one panel."""
     handles, names = panel.get_legend_handles_labels()
     columns = min(4, max(1, len(names)))
-    place = "outside lower center"
-    figure.legend(handles, names, loc=place, ncols=columns, fontsize="small")
+    place = dict(loc="outside lower center", ncols=columns, fontsize="small")
+    figure.legend(handles, names, title=title or None, title_fontsize="small", **place)
 
 
 def title_of(run: str, runs: Runs, title: str = "") -> str:
@@ -126,26 +126,64 @@ CURVES = (
     ("loops", "loops (mean of a step)"),
     ("tokens_per_second", "tokens/s"),
 )
+FEW = 10  # points of a training curve that are drawn as dots too: a line through one is invisible
 
 
 def draw_curves(runs: Runs) -> Figure:
-    """Draw training_curves: training as a line, validation with markers."""
-    figure, axes = grid(2, 3, 3.2, 2.6)
-    for panel, (name, unit) in zip(axes.flat, CURVES):
+    """Draw training_curves: training as a line, validation with markers.
+
+    What no run has is left out, and bits per byte where they are on the axis of the loss.
+    """
+    same_unit = all(
+        is_loss_in_bits(data, "val loss", "val bits_per_byte") for data in runs.values()
+    )
+    shown = []
+    for name, unit in CURVES:
+        has_data = any(name in data or f"val {name}" in data for data in runs.values())
+        if has_data and not (name == "bits_per_byte" and same_unit):
+            shown.append((name, unit))
+    last = max(max(data.get(name, [0])) for data in runs.values() for name in ("iter", "eval iter"))
+    figure, axes = panels(len(shown), 2 if len(shown) == 4 else 3, 3.2, 2.6)
+    for panel, (name, unit) in zip(axes, shown):
         for i, (run, data) in enumerate(runs.items()):
-            if name in data:
-                alpha = 0.5 if name == "loss" else 1
-                style = line_style(i, marker="", alpha=alpha)
-                panel.plot(data["iter"], data[name], **style)
-            if f"val {name}" in data:
-                style = line_style(i, label=escape(run))
-                panel.plot(data["eval iter"], data[f"val {name}"], **style)
+            draw_curve(panel, data, name, i, escape(run))
         name_axes(panel, "step", unit)
-    axes[1, 2].set_axis_off()
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    title = "pale: training\nmarkers: validation"
-    axes[1, 2].legend(handles, names, loc="center", title=title, fontsize="small")
+        whole_numbers(panel.xaxis)
+        panel.set_xlim(-0.05 * last - 0.5, 1.05 * last + 0.5)
+        if name == "loss" and same_unit:
+            add_bits_axis(panel)
+    add_legend(figure, axes[0], "pale: training; markers: validation")
     return figure
+
+
+def draw_curve(panel: Axes, data: Arrays, name: str, number: int, label: str) -> None:
+    """Draw one quantity of run number so many, in training and on validation."""
+    has_validation = f"val {name}" in data
+    if name in data:
+        marker = "." if len(data[name]) < FEW else ""
+        style = line_style(number, marker=marker, alpha=0.5 if has_validation else 1)
+        panel.plot(data["iter"], data[name], label=None if has_validation else label, **style)
+    if has_validation:
+        panel.plot(data["eval iter"], data[f"val {name}"], **line_style(number, label=label))
+
+
+def is_loss_in_bits(data: Arrays, loss: str, bits: str) -> bool:
+    """Return whether bits per byte are nats per token in other units: a token is a byte."""
+    return loss in data and np.allclose(data[bits], data[loss] / np.log(2), rtol=1e-9, atol=0)
+
+
+def add_bits_axis(panel: Axes) -> None:
+    """Add an axis of bits per byte to the right of a panel of losses whose tokens are bytes."""
+    axis = panel.secondary_yaxis("right", functions=(nats_to_bits, bits_to_nats))
+    axis.set_ylabel("bits/byte")
+
+
+def nats_to_bits(nats: np.ndarray) -> np.ndarray:
+    return nats / np.log(2)
+
+
+def bits_to_nats(bits: np.ndarray) -> np.ndarray:
+    return bits * np.log(2)
 
 
 SWEEP = (
@@ -156,18 +194,37 @@ SWEEP = (
 
 
 def draw_sweep(runs: Runs) -> Figure:
-    """Draw depth_sweep. A pale band: loops in training. A star: loops as configured."""
-    figure, axes = grid(1, 3, 3.2, 3)
-    for panel, (name, unit) in zip(axes.flat, SWEEP):
+    """Draw depth_sweep. A pale band: loops in training. A star: loops as configured.
+
+    A run in which nothing is looped is a horizontal line.
+    """
+    same_unit = all(
+        is_loss_in_bits(data, "configured_loss", "configured_bits_per_byte")
+        for data in runs.values()
+    )
+    shown = [row for row in SWEEP if not (row[0] == "bits_per_byte" and same_unit)]
+    figure, axes = panels(len(shown), 3, 3.4, 3)
+    for panel, (name, unit) in zip(axes, shown):
         for i, (run, data) in enumerate(runs.items()):
-            draw_trained_range(panel, data, name, color(i))
-            panel.plot(data["loops"], data[name], **line_style(i, label=escape(run)))
-            star = dict(color=color(i), markersize=13, markeredgecolor="white")
-            panel.plot(np.mean(data["configured"]), data[f"configured_{name}"], "*", **star)
+            draw_depths(panel, data, name, i, escape(run))
         powers_of_two(panel)
         name_axes(panel, "loops", unit)
-    add_legend(figure, axes[0, 0])
+        if name == "loss" and same_unit:
+            add_bits_axis(panel)
+    add_legend(figure, axes[0])
     return figure
+
+
+def draw_depths(panel: Axes, data: Arrays, name: str, number: int, label: str) -> None:
+    """Draw one quantity of run number so many against loops, or at the same height for all."""
+    if len(data["loops"]) == 0:
+        style = line_style(number, marker="", label=label)
+        panel.axhline(data[f"configured_{name}"], **style)
+        return
+    draw_trained_range(panel, data, name, color(number))
+    panel.plot(data["loops"], data[name], **line_style(number, label=label))
+    star = dict(color=color(number), markersize=13, markeredgecolor="white")
+    panel.plot(np.mean(data["configured"]), data[f"configured_{name}"], "*", **star)
 
 
 def draw_trained_range(panel: Axes, data: Arrays, name: str, color: str) -> None:

@@ -14,17 +14,20 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from nanorecur import optim
+from nanorecur.compilation import compile_parts
 from nanorecur.hardware import autocast
 from nanorecur.objectives import Objective, select_trained
+from nanorecur.options import objective_of
 from nanorecur.recompute import recompute_activations
 
 
 def make_objective(config: dict) -> Objective:
     """Return the objective, and in it a model with fresh weights, that train.py's options name."""
     model = GPT(GPTConfig(**{name: config[name] for name in GPTConfig.__dataclass_fields__}))
+    name = objective_of(config)
     options = ("loss_chunk", "loss_weighting", "entropy_weight", "distill_weight", "ahead_weight")
-    objective = Objective(model, config["objective"], *(config[name] for name in options))
-    select_trained(model, config["objective"])
+    objective = Objective(model, name, *(config[option] for option in options))
+    select_trained(model, name)
     return objective
 
 
@@ -57,8 +60,8 @@ class TrainingStep:
         self.clip_spectra = optim.SpectralClip(self.model, *clip)
         self.computed = optim.ComputeCopy(self.objective, config["param_dtype"])
         if compiled:
-            for block in {*self.model.transformer.h, *self.computed.objective.model.transformer.h}:
-                block.compile()
+            by_block = config["recompute"] != "none"
+            compile_parts(self.computed.objective, self.model, by_block=by_block)
         recompute_activations(self.computed.objective.model, config["recompute"])
         self.random_batches = [random_batch(config, device)] * micro_steps
 

@@ -254,7 +254,7 @@ def val_losses(folder):
 
 def without_clock(folder):
     """Return the entries of a log without what depends on the time that a step took."""
-    clock = ("ms", "tokens_per_second", "mfu")
+    clock = ("ms", "tokens_per_second", "mfu", "elapsed")
     return [{k: v for k, v in entry.items() if k not in clock} for entry in log(folder)]
 
 

@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import Run, build, train
+from conftest import Run, build, train, val_losses
 
 import pretrained
 from decode import Cache, Decoder
@@ -39,8 +39,8 @@ PROMPT = 'A <b>"$x_1$" & '
 @pytest.fixture(scope="module")
 def page(trained):
     """The analysis of both runs: its folder, and the page's text."""
-    sources = ["--compare", trained / "looped", trained / "plain", f"--to={trained / 'both'}"]
-    options = ["--windows=12", "--n_loop=4", "--maps=1", "--tokens=0,-1,3", "--device=cpu"]
+    sources = [trained / "looped", trained / "plain", f"--to={trained / 'both'}"]
+    options = ["--n_loop=4", "--maps=1", "--tokens=0,-1,3", "--device=cpu"]
     run = Run("analyze.py", *sources, f"--start={PROMPT}", *options)
     assert run.code == 0, run.err
     assert re.search(r"index.html: \d+ pictures in \d+ s", run.out)
@@ -118,6 +118,25 @@ def stored(folder, name):
     return data
 
 
+def test_the_pages_loss_is_the_last_one_of_the_log(trained, page):
+    """At the run's own depth, with or without loops."""
+    folder, text = page
+    sweeps = stored(folder, "sweep")
+    for name in ("looped", "plain"):
+        logged = list(val_losses(trained / name).values())[-1]
+        assert sweeps[name]["configured_loss"] == pytest.approx(logged, rel=1e-5)
+        assert f"<td>{logged:.4f}</td>" in text
+    assert text.count("on 12 windows of corpus0/val.bin, those that train.py evaluates.") == 2
+
+
+def test_fewer_windows_are_said_to_be_so(trained, tmp_path):
+    options = ["--windows=5", f"--to={tmp_path}", "--device=cpu"]
+    run = Run("analyze.py", trained / "plain", *options)
+    assert run.code == 0, run.err
+    page = (tmp_path / "index.html").read_text()
+    assert "on 5 windows of corpus0/val.bin; train.py evaluates 12, so that" in page
+
+
 @pytest.mark.slow
 def test_the_sweep_is_trains_evaluation(page, trained, corpus):
     folder, _ = page
@@ -155,9 +174,9 @@ def test_the_lens_is_the_models_prediction(page, trained):
 # early exit means the same in every script
 
 
-def exits_of(folder):
-    """Return the loops of each token of the text that a page colors."""
-    with open(folder / "exits_0.csv", newline="", encoding="utf-8") as file:
+def exits_of(folder, number=0):
+    """Return the loops of each token of the text that a page colors, of a looped group."""
+    with open(folder / f"exits_{number}.csv", newline="", encoding="utf-8") as file:
         return [int(row["loops"]) for row in csv.DictReader(file)]
 
 
@@ -182,9 +201,7 @@ def test_a_rule_and_its_threshold_go_unchanged_to_sample(exported, tmp_path, mon
     monkeypatch.setattr(exit_rules, "make_exit", recorded)
     text = "def loop(self): "
     options = ["--exit_rule=kl", "--automatic_loop_exit_threshold=0.0123456789", "--n_loop=8"]
-    run = Run(
-        "analyze.py", f"--out_dir={exported}", f"--to={tmp_path}", f"--start={text}", *options
-    )
+    run = Run("analyze.py", exported, f"--to={tmp_path}", f"--start={text}", *options)
     assert run.code == 0, run.err
     assert asked == [("kl", 0.0123456789)]
 
@@ -202,9 +219,28 @@ def test_a_rule_and_its_threshold_go_unchanged_to_sample(exported, tmp_path, mon
 
 
 @pytest.mark.slow
+def test_each_group_has_the_loops_of_decoding_where_its_rule_stops_them_all(tmp_path):
+    groups = dict(n_layer=4, loop_groups=((0, 1), (3,)), loop_counts=(5, 4))
+    model = build(spread=0.2, vocab_size=256, **groups)
+    pretrained.export(model, tmp_path / "model", {"tokenizer": "bytes"})
+    threshold, text = 0.4, "def loop(self): "
+    options = ["--exit_rule=state", f"--automatic_loop_exit_threshold={threshold}"]
+    run = Run("analyze.py", tmp_path / "model", *options, f"--start={text}", "--device=cpu")
+    assert run.code == 0, run.err
+    folder = tmp_path / "model" / "analysis"
+    by_group = [exits_of(folder, number) for number in (0, 1)]
+    model = pretrained.load(tmp_path / "model")
+    rule = make_exit(model, "state", threshold)
+    together = decoded_loops(model, text.encode(), rule, None)
+    assert [sum(pair) for pair in zip(*by_group)] == together
+    assert all(len(set(loops)) > 1 for loops in by_group)
+    assert "in the last looped group alone" not in (folder / "index.html").read_text()
+
+
+@pytest.mark.slow
 def test_threshold_zero_never_stops(exported, tmp_path):
     options = ["--automatic_loop_exit_threshold=0", "--n_loop=3", "--start=def loop"]
-    run = Run("analyze.py", f"--out_dir={exported}", f"--to={tmp_path}", *options)
+    run = Run("analyze.py", exported, f"--to={tmp_path}", *options)
     assert run.code == 0, run.err
     assert exits_of(tmp_path) == [3] * 8
     assert "No token stops early" in (tmp_path / "index.html").read_text()
@@ -217,6 +253,53 @@ def test_threshold_zero_never_stops(exported, tmp_path):
 def drawn_line(figure, panel=0, line=0):
     """Return the points (.., 2) of a line in a figure."""
     return figure.axes[panel].lines[line].get_xydata()
+
+
+PER_NAT = 1 / math.log(2)  # bits
+
+
+def curves_of(*loss, per_byte=PER_NAT, **others):
+    """Return curves of a run with these losses of training, and one of validation."""
+    steps = np.arange(len(loss))
+    validation = {"eval iter": np.array([0]), "val loss": np.array([2.0])}
+    validation["val bits_per_byte"] = np.array([2.0 * per_byte])
+    return {"iter": steps, "loss": np.array(loss), **others, **validation}
+
+
+def test_points_too_few_for_a_line_are_dots_and_no_panel_is_empty():
+    figure = plots.draw_curves({"a": curves_of(3.0, lr=np.array([0.1]))})
+    assert [panel.get_ylabel() for panel in figure.axes] == ["loss (nats/token)", "learning rate"]
+    for panel in figure.axes:
+        assert all(line.get_marker() not in ("", "None") for line in panel.lines)
+        low, high = panel.get_xlim()
+        assert low < 0 < high
+    many = plots.draw_curves({"a": curves_of(*range(10))})
+    assert many.axes[0].lines[0].get_marker() in ("", "None")
+
+
+def test_bits_of_bytes_are_an_axis_of_the_loss_and_others_a_panel():
+    bits = "validation (bits/byte)"
+    figure = plots.draw_curves({"a": curves_of(3.0), "b": curves_of(2.0)})
+    (loss,) = figure.axes
+    (axis,) = loss.child_axes
+    assert axis.get_ylabel() == "bits/byte"
+    figure.draw_without_rendering()
+    np.testing.assert_allclose(axis.get_ylim(), np.array(loss.get_ylim()) / math.log(2))
+    figure = plots.draw_curves({"a": curves_of(3.0), "b": curves_of(2.0, per_byte=0.5)})
+    assert [panel.get_ylabel() for panel in figure.axes] == ["loss (nats/token)", bits]
+    assert not figure.axes[0].child_axes
+
+
+def test_a_plain_run_is_a_horizontal_line_among_depths(page):
+    folder, _ = page
+    sweep = stored(folder, "sweep")
+    (line,) = (line for line in drawn_lines(plots.draw_sweep(sweep)) if line.get_label() == "plain")
+    assert [float(y) for y in line.get_ydata()] == 2 * [sweep["plain"]["configured_loss"]]
+    assert line.get_xdata() == [0, 1]  # shares of the panel's width
+
+
+def drawn_lines(figure):
+    return figure.axes[0].lines
 
 
 @pytest.mark.slow
@@ -285,8 +368,12 @@ def test_attention_paths_and_spectra_are_drawn_as_stored(page):
 # wrong input, and models that lack something
 
 WRONG = [
-    ("--out_dir={}/none", "--to needs a value"),
-    ("--out_dir={}/none --to={}/x", "no such checkpoint"),
+    ("--out_dir={}/none", "none: no such checkpoint; runs here: "),
+    ("--source={}/none", "none: no such checkpoint"),
+    ("{}/none", "none: no such checkpoint"),
+    ("{}/looped {}/none", "none: no such checkpoint"),
+    ("--compare={}/looped {}/plain", "must be left out, or one of those in compare"),
+    ("{}/badsessions", "sessions.jsonl: line 1 is not one that train.py writes"),
     ("--out_dir={}/empty", "no such checkpoint"),
     ("--out_dir={}/badlog", "log.jsonl: line 2 is not one that train.py writes"),
     ("--out_dir={}/looped --start=ab", "the text has 2 tokens: the pictures need at least 4"),
@@ -300,12 +387,12 @@ WRONG = [
         "--out_dir={}/looped --automatic_loop_exit_threshold=-1",
         "automatic_loop_exit_threshold=-1.0: must be from 0",
     ),
-    ("--out_dir={}/looped --windows=0", "windows=0: must be at least 1"),
+    ("--out_dir={}/looped --windows=-1", "windows=-1: must be at least 0"),
     ("--out_dir={}/looped --spectral_clip_beta=0", "spectral_clip_beta=0.0: must be positive"),
-    ("--out_dir={}/looped --dataset=nothing", "missing or damaged"),
-    ("--out_dir={}/ungated --exit_rule=gate --start=abcdef", "exit_rule=gate: needs a model with"),
-    ("--out_dir={}/ungated", "give --start some text"),
-    ("--out_dir={}/infinite --start=abcdef", "not all finite"),
+    ("--out_dir={}/looped --dataset=nothing", "dataset=nothing: no such folder"),
+    ("{}/ungated --exit_rule=gate --start=abcdef", "exit_rule=gate: needs a model with"),
+    ("{}/ungated", "give --start some text"),
+    ("{}/infinite --start=abcdef", "not all finite"),
     ("--compare {}/looped {}/none", "no such checkpoint"),
     ("--compare={}/looped,{}/none", "no such checkpoint"),
     ("--outdir=x", "did you mean 'out_dir'"),
@@ -320,6 +407,8 @@ def sources(trained):
     entry = dict(iter=0, loss=1.0, lr=1, loops=1, tokens_per_second=1)
     lines = [json.dumps(entry), json.dumps(dict(iter=1, loss=1)), ""]
     (trained / "badlog" / "log.jsonl").write_text("\n".join(lines))
+    shutil.copytree(trained / "looped", trained / "badsessions")
+    (trained / "badsessions" / "sessions.jsonl").write_text('{"commit": "0"}\n')
     model = build(vocab_size=256)
     pretrained.export(model, trained / "ungated", {"tokenizer": "bytes"})
     model.transformer.ln_f.weight.data.fill_(math.inf)
@@ -332,6 +421,43 @@ def test_wrong_input_is_one_line(sources, arguments, words):
     arguments = [argument.replace("{}", str(sources)) for argument in arguments.split()]
     run = Run("analyze.py", "--device=cpu", *arguments)
     assert run.code == 2 and run.err.count("\n") == 1 and words in run.err, run.err
+
+
+def test_without_a_run_it_lists_those_that_are_here(trained):
+    run = Run("analyze.py", cwd=trained)
+    assert run.code == 2
+    before, _, found = run.err.partition("; runs here: ")
+    assert before == "analyze.py: out: no such checkpoint"
+    assert {"looped", "plain"} <= set(found.strip().split(", "))
+
+
+def test_the_page_says_how_a_run_came_to_be(trained, tmp_path):
+    shutil.copytree(trained / "plain", tmp_path / "plain")
+    log, sessions = (tmp_path / "plain" / f"{name}.jsonl" for name in ("log", "sessions"))
+    entries = log.read_text().splitlines()
+    step = next(json.loads(line) for line in entries if '"loss"' in line and '"eval"' not in line)
+    step |= {"tokens": 12345, "elapsed": 3725.4}
+    log.write_text("\n".join([*entries, json.dumps(step)]))
+    last = {"command": "train.py <x>", "commit": "0123456789abcdef", "dirty": True}
+    starts = [{"command": "train.py first"}, last]
+    sessions.write_text("\n".join(map(json.dumps, starts)))
+    run = Run("analyze.py", tmp_path / "plain", "--windows=1", "--device=cpu")
+    assert run.code == 0, run.err
+    text = (tmp_path / "plain" / "analysis" / "index.html").read_text()
+    cells = Parsed(text).cells
+    assert {"12,345", "1:02:05", "0123456789 (changed)"} <= set(cells)
+    assert "plain, started 2 times: train.py &lt;x&gt;" in text
+
+
+def test_a_page_of_many_runs_has_a_short_title(trained, tmp_path):
+    sources = []
+    for number in range(3):
+        sources.append(tmp_path / f"run{number}")
+        shutil.copytree(trained / "plain", sources[-1])
+    options = [f"--to={tmp_path / 'page'}", "--windows=1", "--device=cpu"]
+    assert Run("analyze.py", *sources, *options).code == 0
+    text = (tmp_path / "page" / "index.html").read_text()
+    assert "<h1>Analysis of 3 runs</h1>" in text
 
 
 def test_without_matplotlib_it_says_what_to_install(trained, monkeypatch):
@@ -347,7 +473,7 @@ def test_other_peoples_weights_without_a_log_or_data(tmp_path):
     pretrained.export(model, tmp_path / "theirs", {"tokenizer": "bytes"})
     assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == "gpt2"
     text = ["--start=loop", "--repeats=3"]
-    run = Run("analyze.py", f"--out_dir={tmp_path / 'theirs'}", *text, "--device=cpu")
+    run = Run("analyze.py", tmp_path / "theirs", *text, "--device=cpu")
     assert run.code == 0, run.err
     folder = tmp_path / "theirs" / "analysis"
     assert {path.stem for path in folder.glob("*.png")} == {"residual", "attention", "distances"}
@@ -362,7 +488,7 @@ def test_a_folded_model_whose_loop_does_nothing_yet(tmp_path):
     pretrained.export(build(n_layer=3, vocab_size=256), tmp_path / "plain", {"tokenizer": "bytes"})
     folded = pretrained.load(tmp_path / "plain", n_prelude=1, n_block=1, n_coda=1, n_loop=3)
     pretrained.export(folded, tmp_path / "folded", {"tokenizer": "bytes"})
-    run = Run("analyze.py", f"--out_dir={tmp_path / 'folded'}", "--start=in a loop", "--device=cpu")
+    run = Run("analyze.py", tmp_path / "folded", "--start=in a loop", "--device=cpu")
     assert run.code == 0, run.err
     folder = tmp_path / "folded" / "analysis"
     states = np.load(folder / "states.npz")

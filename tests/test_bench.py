@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Run, build, train
 
+from nanorecur import hardware
 from nanorecur.hardware import peak_flops, peak_memory
 
 CPU = torch.device("cpu")
@@ -159,12 +160,18 @@ def test_a_row_for_each_trainer_and_speed_to_the_peer(tmp_path):
     assert ratio == pytest.approx(number(rows["theirs"][0]) / ms, rel=0.05)
 
 
+def test_the_number_types_that_are_timed_are_those_asked_for(tmp_path):
+    run = side_by_side(make_peer(tmp_path / "theirs"), "--dtypes=bfloat16")
+    assert run.code == 0, run.err
+    assert set(table_rows(run.out)) == {"model", "---", "ours, bfloat16", "theirs"}
+
+
 def test_a_section_is_replaced_by_one_of_the_same_shape_only(tmp_path):
     file, peer = tmp_path / "B.md", make_peer(tmp_path / "theirs")
     for n_layer in (2, 2, 1):
         run = side_by_side(peer, f"--write_to={file}", f"--n_layer={n_layer}")
         assert run.code == 0, run.err
-    shape = "blocks of width 32, 61 ids, 2 x 16 tokens beside theirs, "
+    shape = "blocks? of width 32, 61 ids, 2 x 16 tokens beside theirs, "
     headings = re.findall(rf"^## Training (\d) {shape}", file.read_text(), re.M)
     assert headings == ["2", "1"] and run.out.strip() in file.read_text()
 
@@ -195,6 +202,20 @@ def test_depth_that_is_sampled_is_timed_per_flop_and_compiles_nothing_new(tmp_pa
     assert ratio == 1 and "Graphs compiled after warm-up: 0." in run.out
 
 
+@pytest.mark.slow
+def test_a_depth_that_the_config_samples_is_timed_without_a_peer_too(one_process):
+    shape = ("--n_block=1", "--n_loop=2", "--max_loops=4", "--loop_sampling=uniform", "--steps=3")
+    run = Run("bench.py", *TINY, *shape, "--compile=True")
+    assert run.code == 0, run.err
+    rows = table_rows(run.out.split("Sampled depth, compiled:")[1])
+    assert set(rows) == {"depth", "---", "fixed", "uniform"}
+    for ms, gflop, per_gflop, _ in (map(number, rows[name]) for name in ("fixed", "uniform")):
+        assert per_gflop == pytest.approx(ms / gflop, rel=0.3)  # of rounded numbers
+    assert "Graphs compiled after warm-up: 0." in run.out
+    fixed = Run("bench.py", *TINY, *shape, "--loop_sampling=fixed", "--compile=True")
+    assert fixed.code == 0 and "Sampled depth" not in fixed.out
+
+
 @pytest.mark.parametrize(
     "option, words",
     [
@@ -207,6 +228,14 @@ def test_depth_that_is_sampled_is_timed_per_flop_and_compiles_nothing_new(tmp_pa
 def test_a_shape_that_a_peer_does_not_have_is_refused(tmp_path, option, words):
     run = side_by_side(make_peer(tmp_path / "theirs"), option)
     assert run.code == 2 and words in run.err and "theirs has" in run.err
+
+
+def test_peers_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        make_peer(tmp_path / folder / "x")
+    run = side_by_side(f"{tmp_path / 'a' / 'x'},{tmp_path / 'b' / 'x'}")
+    assert run.code == 2 and "must be folders of different names" in run.err
 
 
 def test_a_peer_of_another_size_is_refused(tmp_path):
@@ -259,10 +288,11 @@ def test_decoding_is_compared_with_transformers_and_a_peer(tmp_path):
     run = Run("bench.py", "decode", f"--peer={peer}", *DECODE)
     assert run.code == 0, run.err
     lines = [line.strip("| ").split(" | ") for line in run.out.splitlines() if line[:2] == "| "]
-    others = ["transformers' GPT-2, float32", "nanoGPT's generate, float32"]
+    others = [f"transformers' GPT-2, {dtype}" for dtype in ("float32", "bfloat16")]
+    others += ["nanoGPT's generate, float32"]
     assert lines[0][5:] == [f"speed to {name}" for name in others]
-    ratios = {row[1]: row[-2:] for row in lines if row[0] == "1"}
-    assert [ratios[name][number] for number, name in enumerate(others)] == ["1.00", "1.00"]
+    ratios = {row[1]: row[-3:] for row in lines if row[0] == "1"}
+    assert [ratios[name][number] for number, name in enumerate(others)] == ["1.00"] * 3
 
 
 def test_decoding_is_a_section_of_a_file_whose_others_stay(decoded):
@@ -278,7 +308,7 @@ def test_decoding_is_measured_with_its_cache_exits_and_drafts(decoded):
     lines = [line.strip("| ").split(" | ") for line in run.out.splitlines() if line[:2] == "| "]
     contestants = {(row[0], row[1]) for row in lines if "float" in row[1]}
     for rows in ("1", "2"):
-        for shape in ("1 blocks", "2 + 4x4 + 2"):
+        for shape in ("1 block", "2 + 4x4 + 2"):
             assert {(rows, f"{shape}, float32"), (rows, f"{shape}, bfloat16")} < contestants
     assert ["full", f"{20 * 2 * 48 * 4:,}"] in [row[:2] for row in lines]
     exits = {row[1]: row for row in lines if row[0] == "3" and len(row) == 8}
@@ -286,6 +316,56 @@ def test_decoding_is_measured_with_its_cache_exits_and_drafts(decoded):
     assert exits["0"][3:6] == ["+0.00%", "3.00", "0%"] and exits["0"][6:] == ["1.00", "1.00"]
     ((*pair, accepted, same, _, _),) = [row[1:] for row in lines if row[0] == "3" and len(row) == 7]
     assert pair == ["1", "2"] and same == "100.0%, 100.0%"
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("--drafts=2,3", "drafts=(2, 3): must be pairs of counts such as [[2,3],[4,6]]"),
+        ("--drafts=[[0,3]]", "drafts=((0, 3),): must be pairs of counts such as"),
+        ("--exit_thresholds=0.1,-1", "exit_thresholds=(0.1, -1): must be positive numbers"),
+        ("--dataset=nothing", "nothing"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_minutes_of_timing(corpus, decoded, option, words):
+    _, file = decoded
+    options = [f"--looped={file.parent / 'out'}", f"--dataset={corpus}", option]
+    run = Run("bench.py", "decode", *DECODE, *options)
+    assert run.code == 2 and run.err.count("\n") == 1  # no line of a timing
+    assert run.out == "" and words in run.err
+
+
+def test_a_plain_model_has_no_exits_to_measure(corpus, tmp_path):
+    plain = ["--n_prelude=0", "--n_block=0", "--n_loop=1", "--n_layer=1", "--n_coda=0"]
+    assert train(corpus, tmp_path / "out", "--max_iters=1", "--eval_iters=1", *plain).code == 0
+    options = [f"--looped={tmp_path / 'out'}", f"--dataset={corpus}"]
+    run = Run("bench.py", "decode", *DECODE, *options)
+    assert run.code == 2 and "must be a model in which something is looped" in run.err
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ("--n_layer=3", "3 blocks"),
+        ("--n_prelude=1 --n_block=2 --n_coda=1 --n_loop=3", "1 + 2x3 + 1 blocks"),
+        ("--n_layer=4 --loop_groups=[[0,1],[3]] --loop_counts=4,2", "2x4 + 1 + 1x2 blocks"),
+    ],
+)
+@pytest.mark.slow
+def test_what_is_decoded_is_named_by_its_blocks(monkeypatch, options, name):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    run = Run("bench.py", "decode", *DECODE, *options.split(), "--batch_sizes=1,")
+    assert run.code == 0, run.err
+    for shown in (name, "2 + 4x4 + 2"):
+        assert f"| 1 | {shown}, float32 | " in run.out
+
+
+def test_what_is_timed_is_said_every_so_often(one_process, monkeypatch):
+    monkeypatch.setattr(hardware.Progress.__init__, "__defaults__", (0.01,))
+    run = Run("bench.py", *TINY, *LOOPED, "--loops=3,", "--rounds=2", "--steps=20")
+    assert run.code == 0, run.err
+    assert re.search(r"^  \d+ s: memory and first steps at 3 loops$", run.err, re.M)
+    assert re.search(r"^  \d+ s: round 2 of 2: 3 loops$", run.err, re.M)
 
 
 # -----------------------------------------------------------------------------
@@ -348,15 +428,26 @@ def test_a_plan_for_this_cpu_measures_it():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--loops=0", "n_loop=0: must be an int >= 1"),
+        ("--loops=0", "loops=(0,): must be whole numbers of at least 1"),
+        ("--loops=1,2", "loops=(1, 2): must be left out: nothing is looped in this model"),
+        ("--gpu=a100", "gpu='a100': must be left out of train: it belongs to plan"),
+        (
+            "--peak_memory",
+            "peak_memory=True: must be left out of train: it belongs to train --peer",
+        ),
+        (
+            "--write_to=x.md",
+            "write_to='x.md': must be left out of train: it belongs to train --peer",
+        ),
+        ("--peer=nowhere", "peer='nowhere': must be a folder with a model.py"),
         ("--rounds=0", "rounds=0: must be at least 1"),
+        ("--dtypes=float32", "dtypes=('float32',): must be left out of train: it belongs to train"),
         ("--steps=0", "steps=0: must be at least 1"),
         ("--threads=-1", "threads=-1: must be at least 0"),
         ("--n_embd=30", "n_embd=30: must be a multiple of n_head=4"),
         ("--batch_size=0", "batch_size=0: must be at least 1"),
         ("--optimizer=sgd", "optimizer='sgd': must be one of adamw, muon"),
         ("--learning_rte=1", "unknown option 'learning_rte', did you mean 'learning_rate'?"),
-        ("--peer=a/x,b/x", "peer='a/x,b/x': must be folders of different names"),
     ],
 )
 def test_a_wrong_option_is_named_in_one_line(options, words):
@@ -369,10 +460,18 @@ def test_a_wrong_option_is_named_in_one_line(options, words):
     "options, words",
     [
         ("decode --new_tokens=1", "new_tokens=1: must be at least 2"),
-        ("decode --drafts=2,3", "drafts=(2, 3): must be pairs such as [[2,3],[4,6]]"),
+        ("decode --drafts=[[2,3]]", "drafts=((2, 3),): must be left out of decode: it belongs to"),
+        ("decode --batch_sizes=0,", "batch_sizes=(0,): must be whole numbers of at least 1"),
+        ("decode --batch_sizes=", "batch_sizes=(): must be not empty"),
+        ("decode --dtypes=float16", "dtypes=('float16',): must be of float32, bfloat16"),
+        ("decode --dtypes=", "dtypes=(): must be of float32, bfloat16"),
+        ("decode --new_tokens=2000", "new_tokens=2000: must be what block_size holds, behind"),
+        ("decode --write_to=nowhere/x.md", "write_to='nowhere/x.md': must be in a folder that"),
+        ("decode --steps=2", "steps=2: must be left out of decode: it belongs to train or train"),
         ("decode --n_head=4 --n_embd=36", "position='rope': must be another one with heads of 9"),
         ("decode --prompt_tokens=0", "prompt_tokens=0: must be at least 1"),
         ("plan --gpu=k80", "gpu='k80': must be cpu or one of b200, "),
+        ("plan --gpu=rtx4090", "gpu='rtx4090': has no data sheet here, did you mean rtx-4090?"),
         ("plan --n_gpus=3", "gradient_accumulation_steps=40: must be a multiple of the 3 "),
         ("plan --dtype=float16", "dtype='float16': must be auto, float32 or bfloat16"),
         (

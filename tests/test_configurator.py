@@ -13,7 +13,16 @@ from conftest import ROOT, slow
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from configurator import HELP_WIDTH, check_ranges, configure, read_knobs, require
+from configurator import (
+    HELP_WIDTH,
+    HINTS,
+    check_ranges,
+    configure,
+    find_knob,
+    parse,
+    read_knobs,
+    require,
+)
 
 SCRIPT = '''
 """A script."""
@@ -123,7 +132,9 @@ def test_a_relative_source_is_found_beside_the_script(script, tmp_path, monkeypa
 
 WRONG = [
     ("--cuont=3", ["unknown option 'cuont'", "'count'"]),
-    ("--n_layers=3", ["'n_layer'"]),
+    ("--n_layrs=3", ["'n_layer'"]),
+    ("--n_layers=3", ["unknown option 'n_layers': here --n_layer\n"]),
+    ("--lr=3", ["unknown option 'lr'; -h lists"]),  # this script has no learning_rate
     ("--later=4", ["unknown"]),
     ("--pi=3", ["unknown"]),
     ("--zzzzzz=1", ["unknown", "-h"]),
@@ -202,6 +213,78 @@ def test_any_text_is_a_value_of_the_knobs_type_or_one_clear_error(script, name, 
         assert line.startswith(f"{name}=" if name in KNOBS else "unknown option ")
     else:
         assert type(config[name]) is type(KNOBS[name])
+
+
+# -----------------------------------------------------------------------------
+# names of other projects
+
+SCRIPTS = ("train.py", "sample.py", "bench.py", "data/text/prepare.py")
+
+
+def knobs_of(script):
+    """Return the knobs of a script, with those that it takes from other files."""
+    knobs = read_knobs(ROOT / script)
+    if script in ("train.py", "bench.py"):
+        knobs |= read_knobs(ROOT / "model.py", "GPTConfig") | read_knobs(ROOT / "train.py")
+    return knobs
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_every_hint_is_given_by_a_script_and_names_an_option_that_it_takes(name):
+    given_hints = set()
+    for script in SCRIPTS:
+        knobs = knobs_of(script)
+        try:
+            find_knob(name, knobs)
+        except ValueError as error:
+            _, here, option = str(error).partition(": here --")
+            if here:
+                given_hints.add(option)
+                knob, _, value = option.partition("=")
+                assert parse(value, knobs[knob]) if value else knob in knobs
+    assert given_hints == set(HINTS[name])
+
+
+def test_a_hint_names_what_the_script_at_hand_has():
+    hints = {}
+    for script in ("train.py", "sample.py"):
+        with pytest.raises(ValueError) as caught:
+            find_knob("loops", knobs_of(script))
+        hints[script] = str(caught.value)
+    assert hints["train.py"] == "unknown option 'loops': here --eval_loops"
+    assert hints["sample.py"] == "unknown option 'loops': here --n_loop"
+    with pytest.raises(ValueError) as caught:
+        find_knob("prompt", knobs_of("train.py"))
+    assert "here" not in str(caught.value)
+
+
+# -----------------------------------------------------------------------------
+# bare arguments
+
+
+def configured(script, *arguments, positional="name"):
+    scope = {"__file__": str(script), "__doc__": ""}
+    config, given_names = configure(scope, argv=list(arguments), positional=positional)
+    return {name: config[name] for name in given_names}
+
+
+def test_the_first_bare_argument_is_the_value_of_the_positional_knob(script, tmp_path):
+    config_file = tmp_path / "x.py"
+    config_file.write_text("count = 8\n")
+    assert configured(script, "out-x") == {"name": "out-x"}
+    assert configured(script, "hf:a/b=c") == {"name": "hf:a/b=c"}
+    both = {"name": "out-x", "count": 8}
+    assert configured(script, str(config_file), "out-x") == both
+    assert configured(script, "out-x", str(config_file)) == both
+    assert configured(script, "--count=8", "out-x") == both
+
+
+@pytest.mark.parametrize("arguments", [["a", "b"], ["--name=a", "b"], ["-b"]])
+def test_a_second_bare_argument_is_an_error(script, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        configured(script, *arguments)
+    words = "b': expected a config file (.py) or --name=value\n"
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith(words)
 
 
 # -----------------------------------------------------------------------------

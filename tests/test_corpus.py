@@ -11,12 +11,24 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tiktoken
-from conftest import NOISY, ROOT, TRAIN, Run, assert_same, losses, torchrun
+from conftest import (
+    NOISY,
+    ROOT,
+    TRAIN,
+    Run,
+    assert_refused,
+    assert_same,
+    losses,
+    torchrun,
+    train,
+)
+from test_tokenizer import END, byte_level, write_folder
 
 from nanorecur import checkpoint
 from nanorecur import corpus as corpus_module
 from nanorecur.corpus import Stream, open_corpus, open_stream, write_documents
-from nanorecur.dataset import load_meta, make_tokenizer, write_dataset
+from nanorecur.dataset import load_meta, write_dataset
+from nanorecur.tokenizer import identity, make_tokenizer
 
 BYTES = {"tokenizer": "bytes"}
 
@@ -197,7 +209,7 @@ def test_the_separator_in_a_prompt_is_one_token(small_gpt2):
 
 
 WRONG_FILES = [
-    ("*.nothing", "must match .parquet, .jsonl or .txt files, .* not 0 files"),
+    ("*.nothing", "must match .parquet, .jsonl, .txt or .md files, .* not 0 files"),
     ("*.jsonl,{folder}/*.txt", "all of one format, not 4 files with"),
     ("bad.parquet", "bad.parquet: cannot be read"),
     ("0.jsonl", "val_share=0.0: must leave .* both splits; none of 20 goes to val.bin"),
@@ -212,7 +224,6 @@ def test_prepare_names_files_that_it_cannot_use(tmp_path, files, message):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1" + bytes(99))
     folder = tmp_path / "wrong"
-    folder.mkdir()
     if files in ("no_text.jsonl", "empty.jsonl"):
         (tmp_path / files).write_text('{"body": "a"}\n' if files == "no_text.jsonl" else "")
     files = f"{tmp_path}/{files.format(folder=tmp_path)}"
@@ -342,11 +353,11 @@ def source(tmp_path):
 
 
 def test_the_validation_of_a_stream_is_what_prepare_holds_out(source):
-    _, meta, validation = open_stream(*source, n_tokens=10**9)
+    _, meta, validation = open_stream(*source, n_held_out=10**9)
     val = expected()[1]
     assert validation.astype(np.uint8).tobytes() == val
     assert meta["splits"]["val"] == {"tokens": len(val), "bytes": len(val) - val.count(0)}
-    _, _, beginning = open_stream(*source, n_tokens=30)
+    _, _, beginning = open_stream(*source, n_held_out=30)
     assert 30 <= len(beginning) < len(validation)
     assert np.array_equal(beginning, validation[: len(beginning)])
 
@@ -379,9 +390,115 @@ def test_a_streamed_run_on_two_processes_has_the_losses_of_one(source, tmp_path)
     assert losses(two) == pytest.approx(losses(one), rel=1e-6)
     options = ("--init_from=resume", "--gradient_accumulation_steps=4")
     refused = train_stream(*source, two, *options)
-    assert refused.code == 2 and "gradient_accumulation_steps=4: must be 2" in refused.err
+    assert_refused(refused, "gradient_accumulation_steps: 2 in the checkpoint, 4 asked for")
 
 
 def test_a_folder_that_names_no_corpus_cannot_be_streamed(tmp_path):
     run = train_stream(ROOT / "data" / "pycode", "", tmp_path / "out")
-    assert run.code == 2 and run.err.count("\n") == 1 and "names no corpus" in run.err, run.err
+    names = "fineweb, fineweb_edu, openwebtext, wikipedia"
+    assert_refused(run, f"names no corpus to stream; these do: {names}\n")
+
+
+def test_a_small_corpus_is_streamed_with_a_larger_val_share(source):
+    """The error for a share that holds out nothing names one that holds out something."""
+    with pytest.raises(ValueError, match="^val_share=1e-09: holds out none") as caught:
+        open_stream(*source, n_held_out=10**9, val_share=1e-9)
+    share = float(re.search(r"--val_share=([\d.]+) ", str(caught.value))[1])
+    _, meta, validation = open_stream(*source, n_held_out=10**9, val_share=share)
+    assert meta["val_share"] == share
+    assert validation.astype(np.uint8).tobytes() == expected(val_share=share)[1] != b""
+
+
+def test_the_meta_of_a_stream_has_the_identity_of_its_tokenizer(source):
+    _, meta, _ = open_stream(*source, n_held_out=30)
+    assert meta["tokenizer_sha256"] == identity(make_tokenizer(BYTES))
+
+
+# -----------------------------------------------------------------------------
+# one's own text
+
+
+def prepare_text(files, folder, *arguments, **options):
+    script = "data/text/prepare.py"
+    return Run(script, f"--input_files={files}", f"--out_dir={folder}", *arguments, **options)
+
+
+def read(folder, split):
+    """Return the text of a split, separators included."""
+    meta = load_meta(folder)
+    ids = np.fromfile(folder / f"{split}.bin", meta["dtype"])
+    return make_tokenizer(meta).decode(ids.tolist())
+
+
+def test_of_few_texts_the_end_of_each_is_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 90 + "b" * 10)
+    (tmp_path / "b.md").write_text("c" * 180 + "d" * 20)
+    folder = tmp_path / "new" / "mine"
+    run = prepare_text(tmp_path, folder, "--val_share=0.1")
+    assert run.code == 0, run.err
+    assert read(folder, "train") == "a" * 90 + "\0" + "c" * 180 + "\0"
+    assert read(folder, "val") == "b" * 10 + "\0" + "d" * 20 + "\0"
+    command = f"python train.py config/quickstart.py --dataset={folder} --out_dir=out-mine"
+    assert "train.bin: 272 tokens" in run.out and run.out.endswith(command + "\n")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_of_many_texts_some_are_held_out_whole(tmp_path, kind):
+    documents = [f"{i} " + "x" * (i % 7) for i in range(200)]
+    files = write_files(tmp_path, kind, documents)
+    run = prepare_text(files, tmp_path / "mine", "--val_share=0.1")
+    assert run.code == 0, run.err
+    assert written(tmp_path / "mine") == expected(documents, 0.1)
+
+
+def test_text_in_characters_has_the_alphabet_of_all_files(tmp_path):
+    (tmp_path / "a.txt").write_text("abc" * 20)
+    (tmp_path / "b.txt").write_text("xyzé" * 20)
+    run = prepare_text(tmp_path / "*.txt", tmp_path / "mine", "--tokenizer=char")
+    assert run.code == 0, run.err
+    assert load_meta(tmp_path / "mine")["chars"] == "abcxyzé"
+    assert read(tmp_path / "mine", "train") == "abc" * 19 + "xyzé" * 19
+
+
+def test_text_in_the_tokens_of_a_tokenizer_json(tmp_path):
+    write_folder(tmp_path / "hf", byte_level(), END)
+    (tmp_path / "a.txt").write_text("to be " * 20)
+    files, names = tmp_path / "a.txt", [f"hf:{tmp_path / 'hf'}", tmp_path / "hf" / "tokenizer.json"]
+    for name in names:
+        run = prepare_text(files, tmp_path / "mine", f"--tokenizer={name}")
+        assert run.code == 0, run.err
+        assert read(tmp_path / "mine", "train") == "to be " * 19 + END
+        assert read(tmp_path / "mine", "val") == "to be " + END
+
+
+def test_a_prepared_text_trains(tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be " * 99)
+    assert prepare_text(tmp_path / "a.txt", tmp_path / "mine").code == 0
+    run = train(tmp_path / "mine", tmp_path / "out", "--max_iters=2", "--eval_interval=2")
+    assert run.code == 0, run.err
+
+
+WRONG_TEXT = [
+    (["--input_files="], "input_files='': must be your files"),
+    (["--input_files=nowhere/*.txt"], "input_files=nowhere/*.txt: must match .parquet"),
+    (["--name=pycode"], "name='pycode': must be one word, and not that of another data set"),
+    (["--name=../x"], "name='../x': must be one word"),
+    (["--name="], "name='': must be one word"),
+    (["--val_share=0"], "val_share=0.0: must be from 0.0001 to 0.9"),
+    (["--tokenizer=gpt5"], "tokenizer='gpt5': must be char, bytes or a tiktoken encoding"),
+    (["--tokenizer=hf:."], "tokenizer='hf:.': must be a folder with a tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_TEXT)
+def test_text_that_cannot_be_prepared_is_refused_in_one_line(tmp_path, arguments, message):
+    (tmp_path / "a.txt").write_text("to be")
+    run = prepare_text(tmp_path / "a.txt", tmp_path / "mine", *arguments, cwd=tmp_path)
+    assert_refused(run, message)
+    assert not list(tmp_path.glob("mine/*.bin"))
+
+
+def test_the_files_of_a_text_can_be_the_bare_argument(tmp_path):
+    (tmp_path / "a.txt").write_text("to be" * 20)
+    run = Run("data/text/prepare.py", tmp_path / "a.txt", f"--out_dir={tmp_path / 'mine'}")
+    assert run.code == 0, run.err

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -9,22 +10,27 @@ import sysconfig
 
 import numpy as np
 import pytest
-from conftest import Run, prose
+import tiktoken
+from conftest import Run, logged, prose, train
 
+from nanorecur import checkpoint
 from nanorecur.dataset import (
+    DATA,
+    Split,
     check_meta,
     download,
     load_meta,
-    make_tokenizer,
     open_split,
     permute,
     random_key,
     write_dataset,
     write_task,
 )
-from nanorecur.files import sha256, write_atomically, write_part
+from nanorecur.files import runs_here, sha256, write_atomically, write_part
+from nanorecur.tokenizer import GPT2_SHA256, identity, make_tokenizer
 
 BYTES = {"tokenizer": "bytes"}
+TEXT = "To be, or not to be: that is the question.\nÄ\x00é \U0001f600"
 
 
 def split(folder, block_size=16, name="train", vocab_size=256):
@@ -120,39 +126,6 @@ def test_sliding_windows_score_every_token_once(corpus, stride):
 
 
 # -----------------------------------------------------------------------------
-# tokenizers
-
-TEXT = "To be, or not to be: that is the question.\nÄ\x00é \U0001f600"
-CHARS = {"tokenizer": "char", "chars": "".join(sorted(set(TEXT)))}
-
-
-@pytest.mark.parametrize("meta", [BYTES, CHARS], ids=["bytes", "char"])
-def test_tokenizers_round_trip(meta):
-    tokenizer = make_tokenizer(meta)
-    ids = tokenizer.encode(TEXT)
-    assert tokenizer.decode(ids) == TEXT and max(ids) < tokenizer.vocab_size
-
-
-def test_a_character_beyond_the_alphabet_is_named():
-    tokenizer = make_tokenizer({"tokenizer": "char", "chars": "abc"})
-    with pytest.raises(ValueError, match="'z' is not in the alphabet of this model: 'abc'"):
-        tokenizer.encode("abz")
-
-
-def test_bytes_that_are_no_text_go_through_the_byte_tokenizer():
-    tokenizer = make_tokenizer(BYTES)
-    assert tokenizer.decode([255, 65]) == "\ufffdA"
-    prompt = b"\xff\xc3A".decode("utf-8", "surrogateescape")  # as prompts are read
-    assert tokenizer.encode(prompt) == [255, 0xC3, 65]
-
-
-@pytest.mark.parametrize("name", ["", "a/b", None, 3, "x" * 100])
-def test_a_name_that_is_no_tokenizers_is_refused(name):
-    with pytest.raises(ValueError, match="^tokenizer='.*': must be char, bytes or a tiktoken"):
-        make_tokenizer({"tokenizer": name})
-
-
-# -----------------------------------------------------------------------------
 # writing
 
 
@@ -165,6 +138,7 @@ def test_the_files_hold_the_ids_and_meta_says_what_they_are(tmp_path, capsys):
     assert meta == json.loads((tmp_path / "meta.json").read_text())
     assert meta == {
         "tokenizer": "bytes",
+        "tokenizer_sha256": identity(make_tokenizer(BYTES)),
         "vocab_size": 256,
         "dtype": "uint16",
         "splits": {
@@ -182,6 +156,17 @@ def test_more_than_65536_ids_take_four_bytes_each(tmp_path):
     write_dataset(tmp_path, meta, {"train": [chars], "val": [chars]})
     data = split(tmp_path, vocab_size=2**16 + 1)
     assert data.windows(np.array([2**16 - 16]))[1][0, -1] == 2**16
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    write_dataset(folder, BYTES, {"train": ["a"], "val": ["b"]})
+    assert load_meta(folder)["splits"]["train"]["tokens"] == 1
+
+
+def test_documents_are_followed_by_the_separator(tmp_path):
+    write_dataset(tmp_path, BYTES, {"train": ["ab", "c"], "val": ["d"]}, separate=True)
+    assert (tmp_path / "train.bin").read_bytes() == b"a\0b\0\0\0c\0\0\0"
 
 
 def test_dying_while_writing_leaves_nothing_that_looks_complete(tmp_path):
@@ -207,6 +192,16 @@ def test_a_task_whose_rows_have_several_lengths_is_refused(tmp_path):
 
 # -----------------------------------------------------------------------------
 # files
+
+
+def test_runs_here_are_the_folders_that_hold_a_checkpoint_newest_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(["b", "c", "a"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ckpt.pt").write_text("")
+        os.utime(tmp_path / name / "ckpt.pt", (age, age))
+    (tmp_path / "empty").mkdir()
+    assert runs_here() == ["a", "c", "b"]
 
 
 def test_a_write_that_fails_leaves_the_file_before_and_no_part(tmp_path):
@@ -310,6 +305,34 @@ def test_a_wrong_value_in_meta_is_named(keys, value, message):
         check_meta(meta)
 
 
+@pytest.mark.parametrize("name", ["mine.txt", "notes.md", "rows.jsonl", "a.parquet"])
+def test_a_text_given_as_data_set_is_answered_with_the_command_that_prepares_it(name):
+    stem = name.partition(".")[0]
+    words = f"run: python data/text/prepare.py --input_files={name} --name={stem}$"
+    with pytest.raises(ValueError, match=words):
+        load_meta(DATA / name)
+
+
+def test_a_folder_of_texts_is_answered_with_the_command_that_prepares_it(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    words = f"run: python data/text/prepare.py --input_files={tmp_path}$"
+    with pytest.raises(ValueError, match=words):
+        load_meta(tmp_path)
+
+
+def test_a_data_set_that_is_not_there_is_answered_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanorecur.dataset.DATA", tmp_path)
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "prepare.py").write_text("")
+    nothing = "^dataset=foo: no such folder in data; prepared: none; .*prepare.py prepares a, b$"
+    with pytest.raises(ValueError, match=nothing):
+        load_meta(tmp_path / "foo")
+    (tmp_path / "b" / "meta.json").write_text("{}")
+    with pytest.raises(ValueError, match="prepared: b;"):
+        load_meta(tmp_path / "foo")
+
+
 def test_one_token_beyond_the_vocabulary_is_found(copy):
     data = np.fromfile(copy / "train.bin", "<u2")
     data[len(data) // 2] = 60000
@@ -346,7 +369,7 @@ def test_download_refuses_what_is_not_the_file(tmp_path):
 def test_prepare_shakespeare_splits_a_local_text_and_repeats_itself(tmp_path):
     text = TEXT * 10
     (tmp_path / "play.txt").write_text(text)
-    arguments = (f"--input_file={tmp_path / 'play.txt'}", f"--out_dir={tmp_path}")
+    arguments = (f"--input_files={tmp_path / 'play.txt'}", f"--out_dir={tmp_path}")
     assert Run("data/shakespeare_char/prepare.py", *arguments).code == 0
     files = {name: (tmp_path / name).read_bytes() for name in ("train.bin", "val.bin", "meta.json")}
     tokenizer = make_tokenizer(load_meta(tmp_path))
@@ -360,7 +383,7 @@ def test_prepare_shakespeare_splits_a_local_text_and_repeats_itself(tmp_path):
 @pytest.mark.parametrize("name", ["nowhere.txt", "empty.txt"])
 def test_prepare_shakespeare_names_a_text_that_it_cannot_use(tmp_path, name):
     (tmp_path / "empty.txt").write_text("")
-    arguments = (f"--input_file={tmp_path / name}", f"--out_dir={tmp_path}")
+    arguments = (f"--input_files={tmp_path / name}", f"--out_dir={tmp_path}")
     run = Run("data/shakespeare_char/prepare.py", *arguments)
     assert run.code == 2 and name in run.err and run.err.count("\n") == 1
 
@@ -391,3 +414,109 @@ def test_nanogpts_files_are_read_as_they_are(tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     x, _ = split(tmp_path, vocab_size=50257).windows(np.array([10]))
     assert x[0].tolist() == list(range(10, 26))
+
+
+# -----------------------------------------------------------------------------
+# shards of llm.c and modded-nanogpt
+
+
+def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    """Write a header of 256 int32 and uint16 tokens."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture
+def tiny_gpt2(monkeypatch):
+    """A replacement for GPT-2's encoding, which needs a network: tokens of three to seven bytes."""
+    ranks = {("a" * (i % 5) + chr(0x4E00 + i)).encode(): i for i in range(300)}
+    special = {"<|endoftext|>": 50256}
+    small = tiktoken.Encoding("small", pat_str=".+", mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": small}.__getitem__)
+    return small
+
+
+@pytest.fixture
+def shards(tmp_path, tiny_gpt2):
+    """A folder of three shards for training, one for validation; and the tokens of training."""
+    tokens = np.random.default_rng(1).integers(0, 300, 1000)
+    tokens[::50] = 50256
+    for number, part in enumerate(np.split(tokens, [320, 333]), 1):
+        write_shard(tmp_path / f"fineweb_train_{number:06}.bin", part)
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens[:200])
+    return tmp_path, tokens
+
+
+def test_shards_are_the_file_that_they_make_together(shards):
+    """Windows, their order and sliding windows, over the ends of files and of the split too."""
+    folder, tokens = shards
+    meta = load_meta(folder)
+    data = open_split(folder, "train", meta, 16, meta["vocab_size"])
+    n_bytes = meta["splits"]["train"]["bytes"]
+    one = Split("train", tokens.astype("<u2"), n_bytes, 16, 50257)
+    assert data.n_tokens == 1000 and data.n_windows == one.n_windows
+    positions = np.arange(3 * data.n_windows)
+    starts = data.shuffled(positions, seed=3)
+    assert np.array_equal(starts, one.shuffled(positions, seed=3))
+    starts = np.append(starts, [990, 999])
+    for found, expected in zip(data.windows(starts), one.windows(starts)):
+        assert np.array_equal(found, expected)
+    assert np.array_equal(data.tokens[300:340], tokens[300:340])
+
+
+def test_the_meta_of_shards_is_gpt2s_and_counts_text_without_separators(shards, tiny_gpt2):
+    folder, tokens = shards
+    meta = load_meta(folder)
+    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ("gpt2", 50257, "uint16")
+    assert meta["tokenizer_sha256"] == GPT2_SHA256
+    text = [token for token in tokens[:200] if token != 50256]
+    n_bytes = len(tiny_gpt2.decode_bytes(text))
+    assert meta["splits"]["val"] == {"tokens": 200, "bytes": n_bytes}
+    assert not (folder / "meta.json").exists()
+
+
+def test_without_tiktokens_file_the_bytes_of_shards_are_not_known(shards, monkeypatch):
+    def offline(name):
+        raise ConnectionError
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    splits = load_meta(shards[0])["splits"]
+    assert math.isnan(splits["val"]["bytes"]) and splits["val"]["tokens"] == 200
+
+
+WRONG_SHARDS = [
+    (dict(magic=20240801), "is no shard of GPT-2 tokens"),  # Llama 3's
+    (dict(version=7), "is no shard of GPT-2 tokens"),
+    (dict(count=9), "1,044 bytes where its header says 1,042"),
+    (dict(count=-1), "1,044 bytes where its header says"),
+]
+
+
+@pytest.mark.parametrize("change, message", WRONG_SHARDS)
+def test_a_wrong_shard_is_named(shards, change, message):
+    folder, _ = shards
+    write_shard(folder / "fineweb_train_000002.bin", np.arange(10), **change)
+    with pytest.raises(ValueError, match=f"fineweb_train_000002.bin: {message}"):
+        load_meta(folder)
+
+
+def test_a_shard_cut_in_its_header_is_named(shards):
+    (shards[0] / "fineweb_train_000002.bin").write_bytes(b"\0" * 1000)
+    with pytest.raises(ValueError, match="000002.bin: is no shard"):
+        load_meta(shards[0])
+
+
+def test_shards_without_validation_are_refused(shards):
+    (shards[0] / "fineweb_val_000000.bin").unlink()
+    with pytest.raises(ValueError, match=r"has no shards \*_val_\*.bin"):
+        load_meta(shards[0])
+
+
+def test_a_model_trains_on_shards(shards, tmp_path):
+    run = train(shards[0], tmp_path / "out", "--max_iters=2", "--eval_interval=2")
+    assert run.code == 0, run.err
+    loss = logged(tmp_path / "out", "eval")[-1][1]
+    ratio = 200 / load_meta(shards[0])["splits"]["val"]["bytes"]
+    assert loss["bits_per_byte"] == pytest.approx(loss["bits_per_token"] * ratio)
+    assert checkpoint.load(tmp_path / "out")["tokenizer"]["tokenizer"] == "gpt2"

@@ -98,6 +98,11 @@ def test_greedy_decoding_at_other_numbers_of_loops(n_loop):
     assert (stats["loops_used"] == n_loop).all()
 
 
+def test_the_loops_of_a_token_are_those_of_all_groups():
+    _, stats = greedy(build(**GROUPS), few_ids(2, 5), 4)
+    assert (stats["loops_used"] == 2 + 3).all()
+
+
 def test_embeddings_in_place_of_tokens():
     """With and without a cache; hidden states are what the head reads."""
     model, idx = build(spread=0.1), tokens(2, 9)
@@ -164,6 +169,27 @@ def test_rows_of_a_batch_that_exit_by_the_gate_on_the_mean_state_are_as_alone(ki
     model, idx = unlike(exit_gate="mean_state", **kind), few_ids(4, 12)
     rule = halfway_rule(model, idx, "gate")
     assert_rows_are_as_alone(model, idx, 4, n_loop=6, exit_rule=rule)
+
+
+TWO_GROUPS = dict(n_layer=4, loop_groups=[[1], [2, 3]], **ROPE)
+THREE_GROUPS = dict(n_layer=6, loop_groups=[[0], [1, 2], [4]], **ROPE)
+EXITING_GROUPS = {  # loops, and a threshold that tells rows apart in every group
+    "two": (TWO_GROUPS, dict(n_loop=(6, 5), exit_rule=StateExit(0.68))),
+    "three": (THREE_GROUPS, dict(n_loop=(5, 4, 6), exit_rule=StateExit(0.68))),
+}
+EXIT_MODES = {slots: dict(slots=slots, n_slot=2) for slots in SLOTS}
+EXIT_MODES |= {"min_loops": dict(min_loops=3), "warm": MODES["warm"]}
+CASES = [("two", mode) for mode in EXIT_MODES] + [("three", "full")]
+CASES += [slow("three", mode) for mode in EXIT_MODES if mode != "full"]
+
+
+@pytest.mark.parametrize("groups, mode", CASES)
+def test_rows_that_exit_in_several_groups_are_as_alone(groups, mode):
+    kind, options = EXITING_GROUPS[groups]
+    used = assert_rows_are_as_alone(
+        unlike(**kind), few_ids(4, 12), 16, **options, **EXIT_MODES[mode]
+    )
+    assert len(used.unique()) > 2
 
 
 # -----------------------------------------------------------------------------
@@ -278,6 +304,17 @@ def test_rules_that_never_stop_are_the_full_depth(rule, slots):
         assert (stats["loops_used"] == 4).all()
 
 
+@pytest.mark.parametrize("slots", SLOTS)
+def test_with_several_groups_a_rule_that_never_stops_is_the_full_depth(slots):
+    model, idx = unlike(exit_gate="state", **GROUPS), few_ids(3, 5)
+    options = dict(n_loop=(2, 4), slots=slots, n_slot=2)
+    want, _ = greedy(model, idx, 8, **options)
+    for exit_rule in (StateExit(0.0), make_exit(model, "gate", 1.0)):
+        got, stats = greedy(model, idx, 8, exit_rule=exit_rule, **options)
+        assert torch.equal(got, want)
+        assert (stats["loops_used"] == 2 + 4).all()
+
+
 SOURCES = [  # slots, n_slot, after two of four loops: the loop whose keys are in each slot
     ("full", 1, [0, 1, 1, 1]),
     ("last", 3, [1, 1, 1]),
@@ -313,14 +350,30 @@ def test_of_a_stopped_token_deeper_loops_read_its_deepest_keys_and_values(
             assert torch.equal(stored[:, 0, :, 4], want)
 
 
-def shapes_of_calls(model):
-    """Return a list that fills with (rows, tokens) of each call of the first looped block."""
+@torch.no_grad()
+def test_in_every_group_deeper_loops_read_the_deepest_keys_and_values():
+    model, idx, rows = build(spread=0.1, **GROUPS), few_ids(3, 5), torch.arange(3)
+    cache = Cache(model, 3, 4)
+    decoder = Decoder(model, cache, 4, StateExit(1e9), min_loops=2)
+    decoder.prefill(idx[:, :4], rows, torch.full((3,), 4))
+    _, used = decoder.step(idx[:, 4:], rows)
+    assert (used == 2 + 2).all()
+    for number in (0, 2):  # the stages of the two groups
+        for part in (part for pair in cache.stages[number].parts for part in pair):
+            first, deepest, *deeper = part[:, :, :, 4]
+            assert not torch.equal(first, deepest)
+            assert len(deeper) == 2
+            assert all(torch.equal(slot, deepest) for slot in deeper)
+
+
+def shapes_of_calls(model, block=1):
+    """Return a list that fills with (rows, tokens) of each call of a block."""
     shapes = []
 
-    def note(block, arguments, out):
+    def note(module, arguments, out):
         shapes.append(tuple(out.shape[:2]))
 
-    model.transformer.h[1].register_forward_hook(note)
+    model.transformer.h[block].register_forward_hook(note)
     return shapes
 
 
@@ -333,6 +386,28 @@ def test_rows_that_have_stopped_cost_nothing():
     assert sum(rows) == stats["loops_used"][:, 1:].sum()
     assert sum(rows) < 6 * 8 * 7
     assert len(set(rows)) > 2
+
+
+def test_rows_that_have_stopped_in_a_group_cost_nothing_there():
+    kind, options = EXITING_GROUPS["two"]
+    model, idx = unlike(**kind), few_ids(6, 5)
+    of_groups = [shapes_of_calls(model, block) for block in (1, 2)]  # the first of each
+    _, stats = generate(model, idx, 9, **options)
+    rows_of_groups = []
+    for shapes in of_groups:
+        rows_of_groups.append([n_rows for n_rows, n_tokens in shapes if n_tokens == 1])
+    assert sum(map(sum, rows_of_groups)) == stats["loops_used"][:, 1:].sum()
+    for rows, n in zip(rows_of_groups, (6, 5)):
+        assert sum(rows) < 6 * 8 * n
+        assert len(set(rows)) > 2
+
+
+def test_min_loops_is_at_most_the_loops_of_a_group_that_exits():
+    model, idx = build(exit_gate="state", **GROUPS), few_ids(2, 5)
+    options = dict(n_loop=(4, 3), min_loops=4)
+    generate(model, idx, 2, exit_rule=StateExit(0.1), **options)
+    with pytest.raises(ValueError, match="min_loops=4: must be from 1 to the 3 loops"):
+        generate(model, idx, 2, exit_rule=make_exit(model, "gate", 0.5), **options)
 
 
 def test_a_gate_on_the_mean_state_has_to_fit_into_the_window():

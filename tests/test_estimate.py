@@ -149,7 +149,7 @@ def test_planned_memory_is_what_a_process_takes(case):
     assert planned > 100 * 2**20 and int(run.stdout) == pytest.approx(planned, rel=0.1)
 
 
-def number_types(monkeypatch, on_gpu, recompute):
+def number_types(monkeypatch, on_gpu, recompute, loss_chunk=0):
     """Return {kernel: number types} of attention and loss in a planned step."""
     types = {"_scaled_dot_product_flash_attention_for_cpu": set(), "_log_softmax": set()}
 
@@ -160,20 +160,41 @@ def number_types(monkeypatch, on_gpu, recompute):
                 types[name].add(args[0].dtype)
             return super().__torch_dispatch__(func, kinds, args, kwargs)
 
-    config = options(recompute=recompute, dropout=0.1 if on_gpu else 0.0)
+    config = options(recompute=recompute, dropout=0.1 if on_gpu else 0.0, loss_chunk=loss_chunk)
     with monkeypatch.context() as patch:
         patch.setattr(estimate, "LiveBytes", Types)
         estimate.memory(config, None, torch.bfloat16, on_gpu)
     return list(types.values())
 
 
-@pytest.mark.parametrize("recompute", ["none", pytest.param("block", marks=pytest.mark.slow)])
-def test_number_types_of_a_plan_are_those_of_cuda(monkeypatch, recompute):
+@pytest.mark.parametrize(
+    "recompute, chunk", [("none", 0), ("none", 8), pytest.param("block", 0, marks=pytest.mark.slow)]
+)
+def test_number_types_of_a_plan_are_those_of_cuda(monkeypatch, recompute, chunk):
     """On a GPU attention is in bfloat16 and the loss in float32; a CPU's are then as before."""
-    attention, loss = number_types(monkeypatch, True, recompute)
+    attention, loss = number_types(monkeypatch, True, recompute, chunk)
     assert attention == {torch.bfloat16} and loss == {torch.float32}
     attention, _ = number_types(monkeypatch, False, recompute)
     assert attention == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_in_chunks_takes_the_heads_gradient_but_no_logits_of_all_tokens(dtype):
+    """In float32: the gradient of the head, a product that is added to it, and one chunk."""
+    vocab, chunk, given = 5000, 4, dict(vocab_size=5000, gradient_accumulation_steps=1)
+
+    def total(rows, loss_chunk):
+        config = options(**given, batch_size=rows, loss_chunk=loss_chunk, tie_weights=False)
+        return sum(estimate.memory(config, None, dtype).values())
+
+    logits = 4 * vocab * 16  # bytes of a window, in float32
+    assert total(8, 0) - total(2, 0) > 6 * logits
+    assert total(8, chunk) - total(2, chunk) < logits
+    head = 4 * vocab * 32
+    config = options(**given, loss_chunk=chunk, tie_weights=False)
+    parts = estimate.memory(config, None, dtype)
+    made = parts["gradients"] + parts["activations"]  # before any other gradient
+    assert 2 * head < made < 2 * head + 4 * 4 * vocab * chunk + head / 2
 
 
 def test_processes_with_a_model_each_need_buckets_but_no_second_gradient():
@@ -205,6 +226,20 @@ def test_processes_that_share_a_model_hold_a_part_of_what_lasts(micro_steps):
     block = sum(p.nbytes for p in model.transformer.h[0].parameters())
     rest = sum(p.nbytes for p in model.parameters()) - block
     assert parts["gathered"] == 2 * (rest + 2 * block) and "all-reduce" not in parts
+
+
+def test_shared_weights_that_compute_in_bfloat16_are_gathered_so_and_kept_once():
+    """FSDP2 keeps shards in float32 and no copy; gathered weights have half the bytes."""
+    given = dict(n_gpus=4, shard=True, gradient_accumulation_steps=4, n_layer=3)
+    full = estimate.memory(options(**given), None, torch.bfloat16)
+    half = estimate.memory(options(**given, param_dtype="bfloat16"), None, torch.bfloat16)
+    for name in ("weights", "optimizer", "gradients"):
+        assert half[name] == full[name], name
+    assert half["gathered"] == full["gathered"] / 2
+    alone = options(param_dtype="bfloat16", gradient_accumulation_steps=1, n_layer=3)
+    alone = estimate.memory(alone, None, torch.bfloat16)
+    assert alone["weights"] == pytest.approx(1.5 * 4 * full["weights"], rel=0.01)
+    assert half["activations"] == alone["activations"] < full["activations"]
 
 
 def test_remedies_are_other_values_of_options_that_save_memory(monkeypatch):

@@ -69,7 +69,7 @@ def test_eval_only_prints_the_table_and_writes_nothing(plain_run, corpus):
     again = train(corpus, folder, "--init_from=resume", "--eval_only", "--eval_loops=1,2,4")
     assert again.code == 0, again.err
     printed, as_json = again.out.rstrip().rsplit("\n", 1)
-    assert run.out.rstrip().endswith(printed.split("\n\n")[-1])
+    assert run.out.rstrip().endswith(printed.rstrip().split("\n\n")[-1])
     assert json.loads(as_json) == last_rows(folder)
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
@@ -196,7 +196,6 @@ def evaluation_of(corpus, processes=None, interrupted=False, **options):
     config |= dict(automatic_loop_exit=False, **options)
     model = build(vocab_size=100, spread=0.1)
     return Evaluation(
-        model,
         Objective(model),
         {name: split_of(corpus, name) for name in ("train", "val")},
         processes or Processes(),

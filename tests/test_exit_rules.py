@@ -3,18 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROPE, build, few_ids, halfway_rule, tokens
+from conftest import ROPE, build, few_ids, halfway_rule, slow, tokens
 from torch.testing import assert_close
 
 from decode import Cache, Decoder
 from nanorecur.exit_rules import (
     EXITS,
+    StateExit,
     after_each_loop,
     exit_distribution,
     exit_evaluation,
     exit_logits,
     make_exit,
+    state_change,
 )
+from nanorecur.measure import THRESHOLDS
 
 # -----------------------------------------------------------------------------
 # after each loop
@@ -110,9 +113,10 @@ def test_each_rule_stops_where_its_formula_says(rule, least):
 # -----------------------------------------------------------------------------
 # evaluation with exit
 
+MLA = dict(attention="mla", n_latent=24, **ROPE)
 EXIT_KINDS = [
     {},
-    dict(attention="mla", n_latent=24, exit_gate="state", **ROPE),
+    dict(exit_gate="state", **MLA),
     dict(n_kv_head=2, loop_embedding="sinusoidal", exit_gate="state", n_coda=0),
     dict(exit_gate="mean_state", n_coda=0, **ROPE),
 ]
@@ -122,10 +126,10 @@ CASES += [(kind, "gate") for kind in EXIT_KINDS[1:]]
 CASES += [(kind, rule) for kind in EXIT_KINDS[2:] for rule in ("kl", "entropy", "argmax")]
 
 
-def decode_with_exit(model, idx, exit_rule, n_loop):
+def decode_with_exit(model, idx, exit_rule, n_loop, min_loops=1):
     """Return logits (B, T, V) and loops (B, T) of idx (B, T), decoded token by token."""
     rows = torch.arange(len(idx))
-    decoder = Decoder(model, Cache(model, len(idx), n_loop), n_loop, exit_rule)
+    decoder = Decoder(model, Cache(model, len(idx), n_loop), n_loop, exit_rule, min_loops)
     logits, used = [], []
     for token in idx.split(1, dim=1):
         hidden, loops = decoder.step(token, rows)
@@ -190,6 +194,115 @@ def test_a_gate_on_the_mean_state_counts_the_prompt():
     decoder.prefill(idx, rows, torch.tensor(lengths))
     _, used = decoder.step(idx[rows, lengths].unsqueeze(1), rows)
     assert used.tolist() == want
+
+
+# -----------------------------------------------------------------------------
+# several looped groups
+
+TWO = dict(n_layer=4, loop_groups=[[1], [2, 3]], exit_gate="state", max_loops=8, **ROPE)
+THREE = dict(n_layer=6, loop_groups=[[0], [1, 2], [5]], n_kv_head=2, max_loops=8)
+THREE |= dict(exit_gate="mean_state")
+BLOCK_BEHIND = dict(n_layer=5, loop_groups=[[1], [2, 3]], loop_embedding="learned", max_loops=8)
+CASES = [(TWO, (4, 6), rule) for rule in EXITS] + [(THREE, (4, 6, 5), rule) for rule in EXITS]
+CASES += [(BLOCK_BEHIND, (4, 6), "state"), (TWO, (5, 1), "state")]
+CASES += [slow({**TWO, **MLA}, (4, 6), rule) for rule in EXITS]
+
+
+def telling_rule(model, idx, rule, n_loop, *options):
+    """Return an exit rule whose threshold makes the loops of tokens differ most.
+
+    options: those of exit_logits behind n_loop.
+    """
+    rules = [make_exit(model, rule, threshold) for threshold in THRESHOLDS[rule][1:]]
+
+    def spread(exit_rule):
+        return exit_logits(model, idx, exit_rule, n_loop, *options)[1].float().std()
+
+    return max(rules, key=spread)
+
+
+@pytest.mark.parametrize("min_loops", [1, 3])
+@pytest.mark.parametrize("kind, n_loop, rule", CASES, ids=str)
+@torch.no_grad()
+def test_with_several_groups_evaluation_with_exit_is_decoding_with_exit(
+    kind, n_loop, rule, min_loops
+):
+    model = build(seed=1, spread=0.3, **kind).double()  # else a few changes would be near ties
+    idx = few_ids(5, 12)
+    exit_rule = telling_rule(model, idx, rule, n_loop, min_loops)
+    logits, used = decode_with_exit(model, idx, exit_rule, n_loop, min_loops)
+    assert len(used.unique()) > 1
+    all_logits, all_used = exit_logits(model, idx, exit_rule, n_loop, min_loops)
+    assert torch.equal(all_used, used)
+    assert_close(all_logits, logits, atol=1e-10, rtol=1e-9)
+    _, loops = exit_evaluation(model, idx, idx, exit_rule, n_loop, min_loops)
+    assert loops == pytest.approx(used.float().mean().item())
+
+
+def loops_of_one_token(model, token, n_loop, threshold, least):
+    """Return the loops of each group after which the state of a token (1, 1) hardly changes."""
+    x, ctx = model.embed(token)
+    used = []
+    for loop, n, looped in model.schedule(n_loop):
+        if not looped:
+            x = loop(x, ctx, 1)
+            continue
+        e, s = loop.begin(x, ctx, n)
+        count, changes = 0, torch.tensor([torch.inf])
+        while count < n and (count < least or changes >= threshold):
+            before, s = s, loop.step(s, e, count, ctx)
+            changes, count = state_change(before, s), count + 1
+        x = loop.exit(s)
+        used.append(count)
+    return used
+
+
+OF_STATES = [(TWO, (6, 8), 0.1), (THREE, (5, 7, 6), 0.53)]  # loops; threshold that tells apart
+
+
+@pytest.mark.parametrize("least", [1, 3])
+@pytest.mark.parametrize("kind, n_loop, threshold", OF_STATES, ids=str)
+@torch.no_grad()
+def test_the_change_of_its_own_state_stops_each_group(kind, n_loop, threshold, least):
+    """In evaluation by group, and all groups together in evaluation and in decoding."""
+    model, idx = build(spread=0.3, **kind), torch.arange(61)[:, None]
+    exit_rule = make_exit(model, "state", threshold)
+    asked = (n_loop, threshold, least)
+    want = torch.tensor([loops_of_one_token(model, token, *asked) for token in idx.split(1)])
+    assert want.min() >= least
+    for group, loops in enumerate(want.unbind(1)):
+        assert least == 3 or len(loops.unique()) > 1
+        _, used = exit_logits(model, idx, exit_rule, n_loop, least, group)
+        assert torch.equal(used[:, 0], loops)
+    for of_all in (exit_logits, decode_with_exit):
+        _, used = of_all(model, idx, exit_rule, n_loop, least)
+        assert torch.equal(used[:, 0], want.sum(1))
+
+
+@pytest.mark.parametrize("rule", [rule for rule in EXITS if rule != "state"])
+@torch.no_grad()
+def test_what_reads_predictions_or_the_gate_stops_in_the_last_group_alone(rule):
+    """Other groups run in full; unless it is asked what it would do there."""
+    model, idx, n_loop = build(spread=0.2, **THREE), few_ids(5, 12), (6, 5, 6)
+    exit_rule = telling_rule(model, idx, rule, n_loop)
+    _, used = exit_logits(model, idx, exit_rule, n_loop)
+    _, used_in_last = exit_logits(model, idx, exit_rule, n_loop, group=2)
+    assert len(used.unique()) > 1
+    assert torch.equal(used, 6 + 5 + used_in_last)
+    exit_rule = telling_rule(model, idx, rule, n_loop, 1, 0)
+    _, used_in_first = exit_logits(model, idx, exit_rule, n_loop, group=0)
+    assert len(used_in_first.unique()) > 1
+
+
+@pytest.mark.parametrize("kind, n_loop", [(TWO, (4, 6)), (THREE, (4, 6, 5))], ids=str)
+@torch.no_grad()
+def test_with_several_groups_a_rule_that_never_stops_is_the_full_depth(kind, n_loop):
+    model, idx = build(spread=0.2, **kind), few_ids(5, 12)
+    full = model(idx, idx, n_loop=n_loop)[0]
+    for exit_rule in (None, StateExit(0.0), make_exit(model, "gate", 1.0)):
+        logits, used = exit_logits(model, idx, exit_rule, n_loop)
+        assert (used == sum(n_loop)).all()
+        assert_close(logits, full, atol=2e-5, rtol=1e-4)
 
 
 # -----------------------------------------------------------------------------

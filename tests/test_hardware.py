@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from nanorecur import hardware
-from nanorecur.hardware import autocast, data_sheet, find_gpu, peak_flops, peak_memory
+from nanorecur.hardware import (
+    Progress,
+    autocast,
+    data_sheet,
+    find_gpu,
+    peak_flops,
+    peak_memory,
+)
 
 CPU = torch.device("cpu")
 
@@ -78,6 +85,20 @@ def test_every_data_sheet_has_a_short_name():
         find_gpu("k80")
 
 
+@pytest.mark.parametrize(
+    "name, close",
+    [
+        ("rtx4090", "did you mean rtx-4090\\?"),
+        ("H100", "did you mean h100\\?"),
+        ("A100 80GB PCIe", "did you mean a100-80gb-pcie\\?"),
+        ("v100", "did you mean h100 or .*v100-sxm2"),
+    ],
+)
+def test_a_name_that_is_nearly_known_is_suggested(name, close):
+    with pytest.raises(ValueError, match=f"gpu='{name}': has no data sheet here, {close}"):
+        find_gpu(name)
+
+
 def test_the_data_sheet_of_this_cpu_is_measured():
     cpu = find_gpu("cpu")
     assert cpu.float32 == peak_flops(CPU, torch.float32)
@@ -102,6 +123,26 @@ def test_the_measured_peak_leaves_random_numbers_alone():
     hardware.measured_flops.cache_clear()
     peak_flops(CPU, torch.float32)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_what_is_going_on_is_said_every_so_often_until_the_end(capsys):
+    with Progress(interval=0.02) as progress:
+        progress.now("one")
+        time.sleep(0.15)
+        progress.now("two")
+        time.sleep(0.15)
+    ended = capsys.readouterr()
+    lines = ended.err.splitlines()
+    assert ended.out == "" and len(lines) > 2
+    assert lines[0] == "  0 s: one" and lines[-1].endswith(": two")
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_done_soon_says_nothing(capsys):
+    with Progress():
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_peak_memory_is_in_bytes_and_at_least_what_this_process_holds():

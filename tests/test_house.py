@@ -11,7 +11,7 @@ from conftest import ROOT
 from configurator import read_knobs
 from model import TABLES
 
-SCRIPTS = {"train", "sample", "bench", "analyze"}
+SCRIPTS = {"train", "sample", "bench", "analyze", "runs"}
 LIBRARIES = {"model", "configurator", "decode", "pretrained"}
 SHARED = {path.stem for path in (ROOT / "nanorecur").glob("*.py")} - {"__init__"}
 SOURCES = sorted(

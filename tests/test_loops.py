@@ -260,29 +260,6 @@ def test_with_truncation_memory_does_not_grow_with_the_loops():
 
 
 # -----------------------------------------------------------------------------
-# compilation
-
-
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_compute_the_same_and_never_recompile_for_a_loop_count(backend):
-    model, eager, idx = build(bptt_k=2).train(), build(bptt_k=2).train(), tokens(2, 16)
-    stats = torch._dynamo.utils.counters["stats"]
-    torch._dynamo.reset()
-    for block in model.transformer.h:
-        block.compile(backend=backend)
-    graphs = []
-    for n in (3, 1, 2, 5, 8, 4, 1):
-        model.zero_grad()
-        loss = model(idx, idx, n_loop=n)[1]
-        loss.backward()
-        assert_close(loss, eager(idx, idx, n_loop=n)[1])
-        graphs.append(stats["unique_graphs"])
-    assert graphs[0] > 0
-    assert len(set(graphs)) == 1, graphs
-    assert set(model.state_dict()) == set(eager.state_dict())
-
-
-# -----------------------------------------------------------------------------
 # states to look at
 
 

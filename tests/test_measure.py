@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROPE, build, few_ids, tokens
+from conftest import ROPE, build, few_ids, split_of, tokens
 from torch.testing import assert_close
 
 from decode import Cache, Decoder
 from model import spectral_clip
 from nanorecur import measure
+from nanorecur.evaluation import Evaluation
 from nanorecur.exit_rules import EXITS, exit_distribution, make_exit
 
 GROUPS = dict(n_layer=4, loop_groups=((0, 1), (3,)), loop_counts=(3, 2))
@@ -173,6 +174,66 @@ def test_loops_to_try_and_where_training_was():
 
 
 # -----------------------------------------------------------------------------
+# losses
+
+
+@torch.no_grad()
+def test_a_sweep_is_a_forward_pass_at_each_loop_count(model):
+    """Also where one pass serves all counts, and where targets are left out."""
+    x, y, loops = tokens(3), tokens(3, seed=2), [1, 2, 5]
+    y[0, :4] = -1
+    data = measure.depth_sweep(model, x, y, loops, 0.5)
+    counted = y >= 0
+    for i, n in enumerate(loops):
+        logits, loss = model(x, y, n_loop=n)
+        assert data["loss"][i] == pytest.approx(loss.item(), rel=1e-5)
+        assert data["bits_per_byte"][i] == pytest.approx(loss.item() / np.log(2) / 2, rel=1e-5)
+        right = (logits.argmax(-1) == y)[counted].float().mean().item()
+        assert data["accuracy"][i] == pytest.approx(right)
+    assert data["configured_loss"] == pytest.approx(model(x, y)[1].item(), rel=1e-5)
+    assert data["configured"].tolist() == list(model.config.counts())
+
+
+def test_one_pass_serves_all_loop_counts_of_one_group(monkeypatch):
+    model, blocks = build(n_prelude=0, n_block=1, n_coda=0), []
+    model.transformer.h[0].register_forward_hook(lambda *_: blocks.append(1))
+    measure.score(model, tokens(), tokens(), [None, 1, 2, 5])
+    assert len(blocks) == 5
+
+
+def test_a_plain_model_has_the_one_loss():
+    model, x = build(n_layer=2), tokens()
+    data = measure.depth_sweep(model, x, x, [], 1.0)
+    assert data["configured_loss"] == pytest.approx(model(x, x)[1].item(), rel=1e-5)
+    assert len(data["loops"]) == len(data["loss"]) == len(data["configured"]) == 0
+
+
+@pytest.mark.parametrize("settings", [(2, 3, 0), (9999, 1, 0), (2, 3, 5)])
+def test_windows_are_those_of_trains_evaluation(corpus, settings):
+    config = dict(zip(("eval_iters", "batch_size", "eval_stride"), settings))
+    evaluation = Evaluation.__new__(Evaluation)
+    evaluation.config = config
+    split = split_of(corpus)
+    for mine, theirs in zip(measure.evaluated_windows(split, config), evaluation.windows(split)):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_curves_hold_what_was_logged_and_nothing_else():
+    step = dict(loss=2.0, lr=0.1, loops=0, tokens_per_second=5)
+    evaluation = {"iter": 1, "eval": [dict(split="val", loss=1.0, bits_per_byte=2.0)]}
+    curves = measure.training_curves([dict(iter=0, **step), evaluation])
+    names = {"iter", "loss", "lr", "tokens_per_second", "eval iter", "val loss"}
+    assert set(curves) == {*names, "val bits_per_byte"}  # nothing is looped
+    assert set(measure.training_curves([evaluation])) == {"eval iter", "val loss"} | {
+        "val bits_per_byte"
+    }
+    looped = measure.training_curves([dict(iter=0, **step | {"loops": 2})])
+    assert looped["loops"].tolist() == [2] and set(looped) == names - {"eval iter", "val loss"} | {
+        "loops"
+    }
+
+
+# -----------------------------------------------------------------------------
 # early exit
 
 
@@ -263,13 +324,13 @@ def test_windows_are_measured_alike_a_few_rows_at_a_time(monkeypatch):
     model, x, y = gated(), tokens(5), tokens(5, seed=2)
     y[1] = -1
     together = measure.exit_measures(model, x, y, 0, 3)
-    score = measure.score(model, x, y, 3)
+    score = measure.score(model, x, y, [3])
     monkeypatch.setattr(measure, "LOGITS_AT_ONCE", 1)
     apart = measure.exit_measures(model, x, y, 0, 3)
     for name, values in together.items():
         np.testing.assert_allclose(apart[name], values, rtol=1e-4, atol=1e-6)
-    assert measure.score(model, x, y, 3) == pytest.approx(score)
-    assert measure.score(model, x, y, 3)[0] == pytest.approx(model(x, y, n_loop=3)[1].item())
+    np.testing.assert_allclose(measure.score(model, x, y, [3]), score)
+    assert score[0, 0] == pytest.approx(model(x, y, n_loop=3)[1].item())
 
 
 def test_the_gate_measures_the_probability_to_have_stopped():

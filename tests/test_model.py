@@ -536,3 +536,11 @@ def test_spectral_clip_keeps_bfloat16():
     clipped = spectral_clip(matrices()["random"].bfloat16(), 0.5)
     assert clipped.dtype == torch.bfloat16
     assert torch.linalg.matrix_norm(clipped.float(), 2) < 0.51
+
+
+@pytest.mark.parametrize(
+    "options", [dict(value_embedding=True), dict(document_separator=0)], ids=str
+)
+def test_parts_that_read_token_ids_refuse_embeddings_in_words(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: needs token ids"):
+        build(**options)(torch.randn(2, 5, 32))

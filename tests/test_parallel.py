@@ -1,5 +1,7 @@
 """Runs of several processes, by DDP and divided by FSDP2: the numbers and files of one process."""
 
+import inspect
+
 import pytest
 import torch
 from conftest import (
@@ -17,7 +19,7 @@ from conftest import (
 from forked import end, start_two, tail
 
 from nanorecur import checkpoint
-from nanorecur.parallel import Processes
+from nanorecur.parallel import Processes, buffers_option
 
 SAMPLED = ("--loop_sampling=poisson", "--bptt_k=1", "--eval_loops=1,3", "--exit_gate=state")
 AHEAD = ("--predict_ahead", "--max_shift=5", "--loops_per_row", "--loop_sampling=poisson")
@@ -85,6 +87,19 @@ def test_ddp_averages_gradients_once_per_step_and_changes_no_bit(corpus, tmp_pat
     assert run.code == 0, run.err
     assert sum(calls) == 8
     assert_same(checkpoint.load(out)["model"], checkpoint.load(alone)["model"])
+
+
+class OlderDDP:
+    """DistributedDataParallel of torch 2.11, as far as its arguments go."""
+
+    def __init__(self, module, device_ids=None, broadcast_buffers=True):
+        pass
+
+
+def test_ddp_is_told_not_to_send_buffers_by_the_name_that_this_torch_knows():
+    here = torch.nn.parallel.DistributedDataParallel
+    assert buffers_option(here) in inspect.signature(here).parameters
+    assert buffers_option(OlderDDP) == "broadcast_buffers"
 
 
 # -----------------------------------------------------------------------------

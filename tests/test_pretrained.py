@@ -5,17 +5,20 @@ and as the released modules of Huginn, Ouro and Parcae gave.
 
 import json
 import math
+import os
+import re
+import runpy
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Run, build, tokens
+from conftest import ROOT, Run, assert_refused, build, tokens
 from safetensors.torch import load_file, save_file
 
 import pretrained
-from model import GPT, GPTConfig
+from model import GPT, TABLES, GPTConfig
 from nanorecur import families
 from nanorecur.exit_rules import exit_distribution
 from pretrained import export, load
@@ -281,7 +284,21 @@ PARCAE = {
 }
 
 
-def parcae(path):
+def gated_sections(sizes, mean, backprop):
+    """Return the blocks that the released code gives a gate, such as core_block.1.
+
+    Layers are numbered with the looped blocks counted once for each of the mean loops; a layer's
+    parity is compared with that of the looped blocks times the loops with a gradient.
+    """
+    n_prelude, n_block, n_coda = sizes
+    numbers = {f"prelude.{i}": i for i in range(n_prelude)}
+    numbers |= {f"core_block.{i}": n_prelude + i for i in range(n_block)}
+    numbers |= {f"coda.{i}": n_prelude + n_block * mean + i for i in range(n_coda)}
+    return {name for name, i in numbers.items() if i % 2 == (n_block * backprop - 1) % 2}
+
+
+def parcae(path, sizes=(2, 2, 2), mean=4, backprop=2):
+    """Write a tiny Parcae folder. sizes: blocks of prelude, core, coda. mean, backprop: loops."""
     d, inner, V = 64, 96, 96
     shapes = {
         "transformer.wte.weight": (V, d),
@@ -292,19 +309,80 @@ def parcae(path):
         "transformer.C.weight": (d, d),
         "transformer.ln_f.weight": (d,),
     }
-    sections = [f"{part}.{i}" for part in ("prelude", "core_block", "coda") for i in range(2)]
-    for layer, section in enumerate(sections):
+    gated, n_blocks = gated_sections(sizes, mean, backprop), sum(sizes)
+    for layer, section in enumerate(parcae_sections(sizes)):
         block = f"transformer.{section}"
         shapes |= {f"{block}.norm_{n}.weight": (d,) for n in (1, 2)}
         shapes[f"{block}.mlp.fc.weight"] = (inner, d)
         shapes[f"{block}.mlp.proj.weight"] = (d, inner)
         for part in ("c_q", "c_k", "c_v", "c_proj"):
             shapes[f"{block}.attn.{part}.weight"] = (d, d)
-        if layer % 2:
+        if section in gated:
             shapes[f"{block}.attn.ve_gate.weight"] = (2, 32)
+        if layer % 2 == (n_blocks - 1) % 2:
             shapes[f"value_embeds.{layer}.weight"] = (V, d)
-    assert len(shapes) == 61
-    return folder_of(path, PARCAE, {**filled(shapes), "freqs_cis": torch.zeros(1, 32, 1, 16, 2)})
+    fields = dict(zip(("prelude", "recurrent_block", "coda"), sizes))
+    config_json = PARCAE | {f"n_layers_in_{name}": count for name, count in fields.items()}
+    config_json |= {"mean_recurrence": mean, "mean_backprop_depth": backprop}
+    weights = {**filled(shapes), "freqs_cis": torch.zeros(1, 32, 1, 16, 2)}
+    return folder_of(path, config_json, weights)
+
+
+def parcae_sections(sizes):
+    parts = zip(("prelude", "core_block", "coda"), sizes)
+    return [f"{part}.{i}" for part, count in parts for i in range(count)]
+
+
+def parcae_logits(folder, idx, sizes, n_loop):
+    """Return Parcae's logits of idx (1, T) from a zero state, written out in float64."""
+    w = {name: x.double() for name, x in load_file(folder / "model.safetensors").items()}
+    T, H, D = idx.size(1), 2, 32
+
+    def norm(x, gain=1.0, eps=1e-5):
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain
+
+    def rotated(x):  # (H, T, D), channels 2i and 2i + 1 together
+        pairs = torch.view_as_complex(x.reshape(H, T, D // 2, 2))
+        rates = 50000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+        angles = torch.arange(T, dtype=torch.float64)[:, None] * rates
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)
+        return norm(torch.view_as_real(turned).flatten(-2), eps=torch.finfo(torch.float32).eps)
+
+    def heads(x):
+        return x.view(T, H, D).transpose(0, 1)
+
+    def block(x, layer):
+        name = f"transformer.{parcae_sections(sizes)[layer]}"
+        h = norm(x, w[f"{name}.norm_1.weight"])
+        q, k, v = (h @ w[f"{name}.attn.c_{part}.weight"].T for part in "qkv")
+        gate, table = w.get(f"{name}.attn.ve_gate.weight"), w.get(f"value_embeds.{layer}.weight")
+        if gate is not None and table is not None:
+            share = 2 * torch.sigmoid(h[:, :32] @ gate.T)
+            v = v + share.repeat_interleave(D, -1) * table[idx[0]]
+        scores = rotated(heads(q)) @ rotated(heads(k)).mT / D**0.5
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        mixed = (scores.softmax(-1) @ heads(v)).transpose(0, 1).flatten(1)
+        x = x + mixed @ w[f"{name}.attn.c_proj.weight"].T
+        inner = norm(x, w[f"{name}.norm_2.weight"]) @ w[f"{name}.mlp.fc.weight"].T
+        return x + 0.5 * inner.relu().square() @ w[f"{name}.mlp.proj.weight"].T
+
+    n_prelude, n_block, n_coda = sizes
+    x = w["transformer.wte.weight"][idx[0]]
+    for layer in range(n_prelude):
+        x = block(x, layer)
+    e = norm(x, w["transformer.ln_prelude.weight"])
+    dt = F.softplus(w["transformer.adapter.dt_bias"])
+    decay = torch.exp(-dt * w["transformer.adapter.A_log"].exp())
+    s = torch.zeros_like(e)
+    for _ in range(n_loop):
+        s = decay * s + dt * (e @ w["transformer.adapter.B"].T)
+        for layer in range(n_prelude, n_prelude + n_block):
+            s = block(s, layer)
+    x = s @ w["transformer.C.weight"].T
+    for layer in range(n_prelude + n_block, n_prelude + n_block + n_coda):
+        x = block(x, layer)
+    x = norm(x, w["transformer.ln_f.weight"])
+    return (x @ w["transformer.wte.weight"].T).float()[None]
 
 
 IDS = torch.tensor([[3, 17, 5, 90, 41, 8, 60]])
@@ -379,7 +457,60 @@ def test_parcae_golden_vectors(tmp_path):
         3: ([0.059235, 0.071409, -0.042414, -0.081400, 0.023239, 0.086875], 0.045068, 0.055981),
     }.items():
         golden(logits(model, IDS, n_loop=n_loop)[0, -1], *expected)
+        assert_close(
+            parcae_logits(tmp_path, IDS, (2, 2, 2), n_loop)[0, -1, :6], torch.tensor(expected[0])
+        )
     assert model.config.n_loop == 4 and model.config.bptt_k == 2
+
+
+@pytest.mark.parametrize(
+    "sizes, mean, backprop, acting",
+    [  # blocks that have both a gate and a table
+        ((1, 1, 1), 3, 2, []),
+        ((1, 1, 1), 4, 2, [2]),
+        ((2, 1, 1), 3, 2, [1, 3]),
+        ((2, 1, 1), 4, 2, [1]),
+        ((1, 3, 2), 5, 3, []),
+        ((1, 3, 2), 5, 2, [1, 3, 5]),
+        ((2, 2, 1), 3, 2, []),
+    ],
+)
+def test_parcaes_value_embeddings_act_where_a_block_has_gate_and_table(
+    sizes, mean, backprop, acting, tmp_path, capsys
+):
+    """Odd numbers of blocks: the released code may give a gate to one block, a table to the next.
+
+    The arithmetic is written out from the description of the released code, not compared with it.
+    """
+    folder = parcae(tmp_path / "theirs", sizes, mean, backprop)
+    model = load(folder, state_init="zero")
+    weights = load_file(folder / "model.safetensors")
+    gates = [name for name in weights if name.endswith("ve_gate.weight")]
+    tables = [name for name in weights if name.startswith("value_embeds.")]
+    n_idle = len(gates) + len(tables) - 2 * len(acting)
+    printed = capsys.readouterr().err
+    assert printed.count(".weight") == n_idle and printed.count("\n") == (n_idle > 0)
+    assert model.config.value_embedding == bool(acting)
+    for n_loop in (1, mean):
+        expected = parcae_logits(folder, IDS, sizes, n_loop)
+        assert_close(logits(model, IDS, n_loop=n_loop), expected, 2e-5)
+    acts = []
+    for block, module in enumerate(model.transformer.h):
+        value = getattr(module.attn.value, "table", None)
+        if value is not None and value.weight.any():
+            acts.append(block)
+    assert acts == acting
+    export(model, tmp_path / "ours")
+    assert_same_state(model, load(tmp_path / "ours"))
+
+
+def test_parcae_without_a_gate_that_it_must_have_is_damaged(tmp_path):
+    folder = parcae(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.core_block.1.attn.ve_gate.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="core_block.1.attn.ve_gate.weight is missing"):
+        load(folder)
 
 
 # -----------------------------------------------------------------------------
@@ -719,6 +850,83 @@ def test_a_folded_model_at_one_loop_is_its_source_cut(name, sizes, layers, tmp_p
             assert difference.max() > 1e-3
 
 
+EXACT_STARTS = {  # {input_injection: values of state_init from which one loop is the source}
+    "passthrough": ("input",),
+    "add": ("zero",),
+    "inject": ("input", "zero", "noise"),
+    "diagonal": ("input", "zero"),
+    "residual": (),
+}
+ANNOUNCED = {  # what is allowed without being exact: the line on stderr
+    ("add", "noise"): "at one loop not the source: state_init=noise\n",
+    ("diagonal", "noise"): "at one loop not the source: state_init=noise\n",
+    ("residual", "input"): (
+        "at one loop not the source: input_injection=residual adds 0.1 of the input\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("loop_norm", TABLES["loop_norm"])
+@pytest.mark.parametrize("start", TABLES["state_init"])
+@pytest.mark.parametrize("injection", EXACT_STARTS)
+def test_one_loop_is_the_source_or_refused_or_announced(
+    injection, start, loop_norm, tmp_path, capsys
+):
+    source = build(n_layer=4, spread=0.2, bias=False)
+    export(source, tmp_path)
+    fold = dict(n_prelude=1, n_block=1, n_coda=1, n_loop=3)
+    options = dict(input_injection=injection, state_init=start, loop_norm=loop_norm)
+    exact = loop_norm == "none" and start in EXACT_STARTS[injection]
+    announced = loop_norm == "none" and (injection, start) in ANNOUNCED
+    if not exact and not announced:
+        with pytest.raises(ValueError, match="must be (none|zero|input|used with)"):
+            load(tmp_path, **fold, **options)
+        return
+    folded = load(tmp_path, **fold, **options)
+    expected, idx = logits(load(tmp_path, layers=(0, 2, 3)), tokens()), tokens()
+    difference = (logits(folded, idx, n_loop=1) - expected).abs().max()
+    assert (difference < 1e-5) == exact, difference
+    assert capsys.readouterr().err == ANNOUNCED.get((injection, start), "")
+
+
+def test_every_injection_has_a_place_in_the_law_above():
+    assert EXACT_STARTS.keys() == TABLES["input_injection"].keys()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(input_injection="add"), "state_init='input': must be zero with input_injection=add"),
+        (dict(input_injection="residual", state_init="zero"), "state_init='zero': must be input"),
+        (dict(loop_norm="rmsnorm"), "loop_norm='rmsnorm': must be none so that one loop is the so"),
+        (dict(loop_entry="rmsnorm"), "loop_entry='rmsnorm': must be none"),
+        (dict(loop_exit="final_norm"), "loop_exit='final_norm': must be linear, none so that"),
+    ],
+)
+def test_an_option_with_which_one_loop_is_not_the_source_is_refused(options, message, tmp_path):
+    export(build(n_layer=4), tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path, n_block=2, **options)
+    assert "\n" not in str(error.value)
+    load(tmp_path, n_block=2, use_model_baseline=True, **options)  # nothing is looped
+
+
+def test_the_looped_gpt2_config_begins_as_its_source(tmp_path):
+    path = ROOT / "config/train_gpt2_looped.py"
+    fields = GPTConfig.__dataclass_fields__
+    options = {name: v for name, v in runpy.run_path(str(path)).items() if name in fields}
+    options |= dict(n_head=4, n_embd=32, block_size=16)
+    model, idx = build(n_layer=12, spread=0.2), tokens()
+    export(model, tmp_path)
+    without_biases = load(tmp_path, layers=(0, 1, 3, 5, 7, 9, 10, 11))
+    with torch.no_grad():
+        for name, p in without_biases.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+    folded = load(tmp_path, drop_weights=True, **options)
+    assert_same_logits(logits(folded, idx, n_loop=1), logits(without_biases, idx))
+
+
 def test_what_cannot_be_folded(tmp_path):
     reference("llama").save_pretrained(tmp_path / "llama")
     for options, message in [
@@ -859,6 +1067,114 @@ def test_a_finished_model_may_be_given_a_gate_or_more_heads(tmp_path, options):
 
 
 # -----------------------------------------------------------------------------
+# weights that a model has no place for
+
+FOLD = dict(n_prelude=1, n_block=1, n_coda=1, n_loop=2)
+DROPS = [  # options, number of tensors without a place in a plain model of 4 blocks, first of them
+    (dict(bias=False), 4 * 6 + 1, "transformer.h.0.attn.c_attn.bias"),
+    (dict(position="rope"), 1, "transformer.wpe.weight"),
+    (dict(norm="rmsnorm"), 4 * 2 + 1, "transformer.h.0.ln_1.bias"),
+    (dict(final_norm=False), 2, "transformer.ln_f.bias"),
+]
+
+
+@pytest.mark.parametrize("options, count, first", DROPS, ids=str)
+@pytest.mark.parametrize("fold", [{}, FOLD], ids=["plain", "folded"])
+@pytest.mark.parametrize("kind", ["ours", "gpt2"])
+def test_no_weight_is_dropped_unasked(kind, fold, options, count, first, tmp_path, capsys):
+    model = build(n_layer=4, spread=0.2)
+    if kind == "gpt2":
+        export(model, tmp_path)
+    else:
+        ckpt = {"model": model.state_dict(), "model_args": vars(model.config), "iter_num": 1}
+        torch.save(ckpt, tmp_path / "ckpt.pt")
+    if fold and count > 2:  # three of the four blocks
+        count = count // 4 * 3 + 1
+    name, value = next(iter(options.items()))
+    before = getattr(model.config, name)
+    shown = f"({first}, ...)" if count > 1 else f"({first})"
+    what = f"{count} tensors? that the new model has no place for {re.escape(shown)}"
+    message = rf"drop_weights=False: must be True to drop {what}, {name}={value} where .* {before}$"
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path, **fold, **options)
+    assert "\n" not in str(error.value)
+    changed = load(tmp_path, drop_weights=True, **fold, **options)
+    assert re.fullmatch(f"dropped: {what}\n", capsys.readouterr().err)
+    kept = model.state_dict()
+    layers = (0, 2, 3) if fold else (0, 1, 2, 3)
+    for name, tensor in changed.state_dict().items():
+        block, part = families.split_name(name)
+        theirs = name if block is None else f"transformer.h.{layers[block]}.{part}"
+        assert name.startswith("transformer.loops.") or torch.equal(tensor, kept[theirs])
+
+
+def test_what_a_changed_model_has_no_place_for_is_never_silent(tmp_path, capsys):
+    untied, looped = tmp_path / "untied", tmp_path / "looped"
+    export(build(n_layer=2, tie_weights=False), untied)
+    with pytest.raises(ValueError, match=r"1 tensor that .* \(lm_head.weight\), tie_weights=True"):
+        load(untied, tie_weights=True)
+    export(build(spread=0.1), looped)
+    with pytest.raises(ValueError, match=r"2 tensors that .* \(transformer.loops.0.inject.bias, "):
+        load(looped, input_injection="passthrough")
+    assert not capsys.readouterr().err
+    load(looped, input_injection="passthrough", drop_weights=True)
+    assert capsys.readouterr().err.startswith("dropped: 2 tensors that")
+
+
+def test_whole_layers_and_unknown_tensors_are_not_dropped_for_the_asking(tmp_path):
+    export(build(n_layer=4), tmp_path)
+    with pytest.raises(ValueError, match="h.2.attn.c_attn.bias is .*n_layer=2 where .* has 4"):
+        load(tmp_path, n_layer=2, drop_weights=True)
+    path = tmp_path / "model.safetensors"
+    save_file({**load_file(path), "transformer.extra": torch.ones(2)}, path)
+    for options in ({}, FOLD):
+        with pytest.raises(ValueError, match="transformer.extra is .*, expected none"):
+            load(tmp_path, drop_weights=True, **options)
+
+
+def test_a_folded_source_says_what_does_not_fit_and_not_how_it_is_folded(tmp_path):
+    export(build(n_layer=4), tmp_path)
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, **FOLD, max_loops=8, loop_norm="none", bias=False)
+    assert str(error.value).endswith("bias=False where the checkpoint has True")
+
+
+# -----------------------------------------------------------------------------
+# sources to train on
+
+
+def test_load_run_passes_everything_on_and_reads_a_given_checkpoint(tmp_path, monkeypatch, capsys):
+    model = build(n_layer=4, spread=0.2)
+    average = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    run.mkdir()
+    ckpt = {"model": average, "training_model": model.state_dict(), "iter_num": 1}
+    ckpt |= {"model_args": vars(model.config)}
+    torch.save(ckpt, run / "ckpt.pt")
+    export(model, exported)
+    layers, options = (3, 0, 1), dict(bias=False, n_prelude=1, n_block=1, n_coda=1)
+    with pytest.raises(ValueError, match="drop_weights=False"):
+        pretrained.load_run(exported, False, layers=layers, **options)
+    for source, resume, given in [
+        (exported, False, None),
+        (run, True, None),
+        (run / "ckpt.pt", True, None),
+        ("is not read", True, ckpt),
+    ]:
+        found, loaded = pretrained.load_run(source, resume, given, layers, True, **options)
+        assert capsys.readouterr().err.startswith("dropped: ")
+        for i in range(3):
+            old, new = model.transformer.h[layers[i]], loaded.transformer.h[i]
+            assert torch.equal(old.mlp.c_fc.weight, new.mlp.c_fc.weight)
+        if source != exported:
+            assert_same_tensors(found["averaged_model"], average)
+            assert_same_tensors(found["model"], model.state_dict())
+    assert ckpt["model"] is average and "averaged_model" not in ckpt
+    found, loaded = pretrained.load_run("is not read", False, ckpt)
+    assert_same_tensors(loaded.state_dict(), average)
+
+
+# -----------------------------------------------------------------------------
 # exporting
 
 
@@ -962,8 +1278,9 @@ OURS = {
         rope_base=50000.0,
     ),
     "parcae, capped": dict(
-        **PARCAE_BLOCKS, state_init="zero", logit_softcap=15.0, n_prelude=2, n_block=1
+        **PARCAE_BLOCKS, state_init="zero", logit_softcap=15.0, n_prelude=2, n_coda=0
     ),
+    "parcae, odd": dict(**PARCAE_BLOCKS, state_init="zero", n_prelude=2, n_block=1),
     "mla": dict(
         attention="mla",
         position="rope",
@@ -1045,6 +1362,62 @@ def test_an_export_opens_in_the_reference_library(name, tmp_path):
     assert_same_logits(logits(model, idx), reference_logits(their_model.eval(), idx))
 
 
+HF_TOKENIZER = {  # of tokenizers, as its own library writes it
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "é": 1, "</s>": 2}, "unk_token": "a"},
+}
+
+
+def test_a_hugging_face_tokenizer_is_kept_in_its_own_file(tmp_path):
+    theirs, ours, again = tmp_path / "theirs", tmp_path / "ours", tmp_path / "again"
+    reference("llama").save_pretrained(theirs)
+    assert pretrained.tokenizer_of(theirs) is None
+    (theirs / "tokenizer.json").write_text(json.dumps(HF_TOKENIZER, ensure_ascii=False), "utf-8")
+    tokenizer = pretrained.tokenizer_of(theirs)
+    assert tokenizer["tokenizer"] == "huggingface" and tokenizer["separator"] == 2
+    assert pretrained.tokenizer_of(f"hf:{theirs}") == tokenizer
+    export(load(theirs), ours, tokenizer)
+    assert json.loads((ours / "tokenizer.json").read_text("utf-8")) == HF_TOKENIZER
+    kept = json.loads((ours / "config.json").read_text())["tokenizer"]
+    assert kept == {k: v for k, v in tokenizer.items() if k != "tokenizer_json"}
+    assert pretrained.tokenizer_of(ours) == tokenizer and "tokenizer_json" in tokenizer
+    run = Run("pretrained.py", "export", f"--source={ours}", f"--to={again}")
+    assert run.code == 0, run.err
+    assert pretrained.tokenizer_of(again) == tokenizer
+    export(load(ours), again)  # another one, or none, takes the old one's place
+    assert pretrained.tokenizer_of(again) is None
+
+
+def test_the_tokenizer_of_a_hub_name_is_looked_for_where_its_weights_are(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(HF_TOKENIZER), "utf-8")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: tmp_path)
+    for source in ("gpt2", "hf:someone/else"):
+        assert pretrained.tokenizer_of(source) == pretrained.tokenizer_of(tmp_path)
+    assert pretrained.tokenizer_of(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ckpt.pt", "ckpt_prev.pt", "ckpt.json", "log.jsonl", "model-00001-of-00002.safetensors"],
+)
+def test_export_damages_no_run_and_no_other_weights(name, tmp_path):
+    for file in (name, "config.json"):
+        (tmp_path / file).write_text("kept")
+    with pytest.raises(ValueError, match=f"must be another one, since it holds {name}"):
+        export(build(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "config.json"])
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"kept"}
+
+
+def test_export_writes_again_over_an_earlier_export(tmp_path):
+    export(build(seed=1), tmp_path, {"tokenizer": "bytes"})
+    (tmp_path / "model.safetensors.part").write_text("of a write that was killed")
+    export(build(seed=2), tmp_path)
+    assert_same_state(load(tmp_path), build(seed=2))
+
+
 def test_an_export_that_dies_leaves_what_was_there(tmp_path, monkeypatch):
     export(build(seed=1), tmp_path)
 
@@ -1075,12 +1448,44 @@ def test_the_command(corpus, plain_run, tmp_path):
         (["export"], "to='': must be the folder to write"),
         (["import"], "command='import': must be export"),
         (["export", "--too=x"], "unknown option 'too', did you mean 'to'"),
-        (["export", "--out_dir={}", "--to=x"], "ckpt.pt: no such checkpoint"),
+        (["export", "--out_dir={}", "--to=x"], "{}: no such checkpoint; runs here: none"),
     ],
 )
 def test_a_wrong_command_is_one_line(arguments, message, tmp_path):
     run = Run("pretrained.py", *[argument.format(tmp_path) for argument in arguments])
-    assert run.code == 2 and run.err.count("\n") == 1 and message in run.err, run.err
+    assert run.code == 2 and run.err.count("\n") == 1, run.err
+    assert message.format(tmp_path) in run.err
+
+
+def test_a_run_that_is_missing_is_answered_with_those_that_lie_here(tmp_path):
+    for name in ("out-b", "out-a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ckpt.pt").write_bytes(b"")
+        os.utime(tmp_path / name / "ckpt.pt", (0, 10 if name == "out-a" else 20))
+    for arguments, name in [([], "out"), (["out-c"], "out-c"), (["--source=out-c"], "out-c")]:
+        run = Run("pretrained.py", "export", *arguments, "--to=x", cwd=tmp_path)
+        assert_refused(run, f"{name}: no such checkpoint; runs here: out-b, out-a")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("plain", "GPT-2's format; transformers and pretrained.load open it"),
+        ("llama", "Llama's format; transformers and pretrained.load open it"),
+        ("retrofitted", "Huginn's format; pretrained.load opens it"),
+        ("mla", "nanoRecur's own format; pretrained.load opens it"),
+    ],
+)
+def test_export_takes_any_source_and_says_what_opens_the_result(name, words, tmp_path):
+    model, source, to = build(spread=0.2, **OURS[name]), tmp_path / "source", tmp_path / "to"
+    export(model, source, {"tokenizer": "bytes"})
+    run = Run("pretrained.py", "export", source, f"--to={to}")
+    assert run.code == 0, run.err
+    assert run.out == f"{to}: {words}\n"
+    assert_same_state(load(to), model)
+    assert pretrained.tokenizer_of(to) == {"tokenizer": "bytes"}
+    named = Run("pretrained.py", "export", f"--source={source}", "--out_dir=no-run", f"--to={to}")
+    assert named.code == 0 and named.out == run.out
 
 
 def test_without_a_command_there_is_help():

@@ -1,13 +1,18 @@
-"""The log of a run: the terminal and log.jsonl."""
+"""The log of a run: the terminal, log.jsonl, Weights & Biases."""
 
 import json
+import sys
+import time
+from types import SimpleNamespace
 
-from nanorecur.run_log import RunLog
+import pytest
+
+from nanorecur.run_log import RunLog, check_wandb
 
 
-def run_log(folder, iter_num=0, is_first=True, **options):
-    config = dict(out_dir=str(folder), eval_only=False, wandb_log=False, max_iters=10)
-    return RunLog({**config, **options}, iter_num, is_first)
+def run_log(folder, iter_num=0, is_first=True, writes=True, **options):
+    config = dict(out_dir=str(folder), wandb_log=False, max_iters=10)
+    return RunLog({**config, **options}, iter_num, is_first, writes)
 
 
 def lines(folder):
@@ -41,8 +46,8 @@ def test_other_processes_write_and_print_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_eval_only_prints_and_writes_nothing(tmp_path, capsys):
-    run_log(tmp_path, eval_only=True).write({"iter": 0}, "text")
+def test_what_only_looks_prints_and_writes_nothing(tmp_path, capsys):
+    run_log(tmp_path, writes=False).write({"iter": 0}, "text")
     assert lines(tmp_path) == []
     assert capsys.readouterr().out == "text\n"
 
@@ -56,3 +61,109 @@ def test_on_a_terminal_text_is_written_above_a_progress_bar(tmp_path, monkeypatc
     assert log.bar.n == 4
     log.close()
     assert "text\n" in capsys.readouterr().out
+
+
+def test_ten_seconds_of_silence_are_broken_then_twenty(tmp_path, monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    log = run_log(tmp_path)
+    for now in range(0, 80):
+        log.alive(f"at {now}")
+    assert capsys.readouterr().out == "at 11\nat 32\nat 73\n"
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases, without it
+
+ROW = {
+    "split": "val",
+    "loops": (4,),
+    "shift": 1,
+    "loss": 2.0,
+    "bits_per_byte": 1.5,
+    "accuracy": 0.5,
+}
+EVALUATION = {
+    "iter": 8,
+    "eval": [
+        {**ROW, "split": "train", "loss": 1.9},
+        ROW,
+        {**ROW, "loops": (8,), "loss": 1.8},
+        {**ROW, "shift": 3, "loss": 3.0},
+    ],
+    "objective": {"loss with exit": 2.1},
+    "watch": {
+        "groups": [{"norm": [1], "change": [0.5, 0.1], "token_correlation": 0.3}],
+        "gain": 0.2,
+    },
+}
+STEP = {"iter": 7, "loss": 2.5, "lr": 0.1, "ms": 1.0, "mfu": None, "loops": 4.0, "tokens": 9}
+
+
+class FakeWandb(SimpleNamespace):
+    """What is used of wandb; keeps what it is told."""
+
+    def __init__(self, logged_in=True):
+        super().__init__(logged=[], begun=[], metrics=[])
+        self.login = lambda prompt: logged_in
+        self.init = lambda **options: self.begun.append(options)
+        self.define_metric = lambda *names, **options: self.metrics.append((names, options))
+        self.log = self.logged.append
+        self.finish = lambda: None
+
+
+def wandb_log(monkeypatch, folder, **options):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    wanted = dict(wandb_log=True, wandb_mode="online", wandb_project="p", wandb_run_name="")
+    shape = dict(n_prelude=1, n_block=2, n_loop=4, n_coda=1, use_model_baseline=False)
+    return run_log(folder, **wanted, **shape, **options), fake
+
+
+def test_wandb_gets_numbers_with_names(tmp_path, monkeypatch):
+    log, fake = wandb_log(monkeypatch, tmp_path)
+    log.write(STEP, "")
+    log.write(EVALUATION, "")
+    step, evaluation = fake.logged
+    assert step == {
+        "iter": 7, "train/loss": 2.5, "lr": 0.1, "ms": 1.0, "loops": 4.0, "tokens": 9,
+    }  # fmt: skip
+    assert all(isinstance(value, (int, float)) for value in evaluation.values())
+    want = {
+        "iter": 8,
+        "train/eval_loss": 1.9,
+        "val/loss": 2.0,
+        "val/loss@8": 1.8,
+        "val/loss+3": 3.0,
+        "val/bits_per_byte": 1.5,
+        "val/accuracy": 0.5,
+        "val/loss_with_exit": 2.1,
+        "watch/gain": 0.2,
+        "watch/token_correlation": 0.3,
+        "watch/last_change": 0.1,
+    }
+    assert evaluation.items() >= want.items()
+
+
+def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
+    begun = []
+    for iter_num in (0, 5):
+        log, fake = wandb_log(monkeypatch, tmp_path, iter_num=iter_num)
+        begun += fake.begun
+        log.close()
+    assert begun[0]["id"] == begun[1]["id"]
+    assert begun[0]["resume"] == "allow"
+    assert begun[0]["name"] == f"{tmp_path.name} 1+2x4+1"
+    assert (("*",), {"step_metric": "iter"}) in fake.metrics
+
+
+def test_without_a_login_wandb_is_refused_in_words(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(logged_in=False))
+    config = dict(wandb_log=True, wandb_mode="online")
+    with pytest.raises(ValueError, match="wandb login, or --wandb_mode=offline"):
+        check_wandb(config)
+    check_wandb({**config, "wandb_mode": "offline"})
+    check_wandb({**config, "wandb_log": False})
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(logged_in=True))
+    check_wandb(config)

@@ -3,7 +3,9 @@
 import copy
 import io
 import json
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -57,7 +59,19 @@ WRONG = {
     "--start=FILE:empty.txt": "empty",
     "--start=FILE:latin.txt": "alphabet",
     "--start=more than sixteen": "longer than the window",
-    "--out_dir=nowhere": "no such checkpoint",
+    "--out_dir=nowhere": "nowhere: no such checkpoint; runs here: none; --source=nowhere takes",
+    "--source=nowhere": "nowhere: no such checkpoint",
+    "nowhere": "nowhere: no such checkpoint",
+    "--exit_rule=kl": "exit_rule='kl': must be left out, or with --automatic_loop_exit",
+    "--min_loops=2": "min_loops=2: must be left out, or with --automatic_loop_exit",
+    "--automatic_loop_exit_threshold=1": "threshold=1.0: must be left out, or with --automatic",
+    "--draft_loops=1": "draft_loops=1: must be left out, or with --draft_tokens",
+    "--n_slot=2": "n_slot=2: must be left out, or with --slots=last or mod",
+    "--n_slot=2 --slots=shared": "n_slot=2: must be left out",
+    "--chat --jsonl": "jsonl=True: must be left out with --chat",
+    "--chat --num_samples=1": "num_samples=1: must be left out with --chat",
+    "--chat --start=a": "start='a': must be left out with --chat",
+    "--jsonl --color": "color=True: must be left out with --jsonl",
     "--n_loop=-1": "n_loop=-1",
     "--temperature=-1": "temperature",
     "--num_samples=0": "num_samples",
@@ -78,7 +92,9 @@ def test_wrong_input_is_refused_in_one_line(folder, tmp_path, wrong):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\x00")
     arguments = [wrong] if wrong.startswith("--start") else wrong.split()
-    assert_refused(sample(folder, *arguments, cwd=tmp_path), WRONG[wrong])
+    run = sample(folder, *arguments, cwd=tmp_path)
+    assert_refused(run, WRONG[wrong])
+    assert run.out == ""  # not even the prompt
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tmp_path):
@@ -93,7 +109,8 @@ def test_an_exported_folder_writes_the_same_text(folder, tmp_path):
     run = Run("pretrained.py", "export", f"--out_dir={folder}", f"--to={exported}")
     assert run.code == 0, run.err
     options = ("--num_samples=1", "--max_new_tokens=20", "--start=def ")
-    from_run, from_export = (sample(source, *options) for source in (folder, exported))
+    from_run = sample(folder, *options)
+    from_export = Run("sample.py", exported, "--device=cpu", *options)
     assert from_run.code == from_export.code == 0
     assert from_run.out == from_export.out
 
@@ -126,7 +143,7 @@ def test_a_sample_ends_before_its_stop_string_drafted_or_not(folder, tmp_path):
     assert any(len(line["tokens"]) < 30 for line in lines)
     drafted = sample(folder, *options, "--draft_tokens=3", "--draft_loops=2")
     assert drafted.out == run.out
-    assert "drafts accepted" in drafted.err
+    assert "drafts accepted" in drafted.err and "drafts" not in run.err
 
 
 def test_nothing_of_a_stop_string_is_printed(folder):
@@ -148,9 +165,52 @@ def test_color_follows_the_loops(folder):
     assert len(set(re.findall(r"48;5;(\d+)m", color))) > 1
 
 
+def test_color_prints_its_key_to_stderr(folder):
+    run = sample(folder, *QUICK, "--color")
+    key = re.sub(r"\x1b\[[0-9;]*m", "", run.err.splitlines()[0])
+    assert key == "loops of a token, from few to all:  1  to  4 "
+    assert "48;5;82m 1 " not in run.err and "48;5;118m 1 " in run.err and "48;5;196m 4 " in run.err
+    assert "from few" not in sample(folder, *QUICK).err
+
+
+def test_loops_used_are_those_of_all_groups_together(tmp_path):
+    """A threshold that no state reaches before the last loop leaves all loops to each token."""
+    two_groups = tmp_path / "groups"
+    groups = dict(n_layer=4, loop_groups=((0, 1), (3,)), loop_counts=(3, 2))
+    model = build(**groups, vocab_size=256, spread=0.1)
+    ckpt = {"model": model.state_dict(), "model_args": vars(model.config)}
+    two_groups.mkdir()
+    torch.save({**ckpt, "tokenizer": {"tokenizer": "bytes"}}, two_groups / "ckpt.pt")
+    exits = ("--automatic_loop_exit", "--automatic_loop_exit_threshold=1e-9")
+    run = sample(two_groups, "--max_new_tokens=4", *exits)
+    assert run.code == 0, run.err
+    assert "loops used 5.00 of 5\n" in run.err and "drafts" not in run.err
+
+
+def test_loops_are_refused_where_nothing_is_looped(tmp_path):
+    model = build(n_layer=1, vocab_size=256)
+    ckpt = {"model": model.state_dict(), "model_args": vars(model.config)}
+    torch.save({**ckpt, "tokenizer": {"tokenizer": "bytes"}}, tmp_path / "ckpt.pt")
+    assert sample(tmp_path, "--max_new_tokens=4").code == 0
+    refused = sample(tmp_path, "--n_loop=8")
+    assert_refused(refused, "n_loop=8: must be 0 where nothing is looped")
+
+
+def test_without_a_run_named_the_runs_that_lie_here_are(folder, tmp_path):
+    for age, name in enumerate(["out-old", "out-new"]):
+        shutil.copytree(folder, tmp_path / name)
+        os.utime(tmp_path / name / "ckpt.pt", (age, age))
+    run = Run("sample.py", "--device=cpu", cwd=tmp_path)
+    assert_refused(run, "out: no such checkpoint; runs here: out-new, out-old;")
+    named = Run("sample.py", "out-old", "--device=cpu", "--max_new_tokens=4", cwd=tmp_path)
+    assert named.code == 0, named.err
+    again = Run("sample.py", "--source=out-old", "--device=cpu", "--max_new_tokens=4", cwd=tmp_path)
+    assert again.out == named.out
+
+
 def test_chat_goes_on_from_each_line(folder, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("def f(x):\nreturn a long line\n"))
-    run = sample(folder, *QUICK, "--chat")
+    run = sample(folder, "--max_new_tokens=30", "--n_loop=4", "--chat")
     assert run.code == 0, run.err
     first, second = run.out.split("> ")[1:3]
     assert len(first) == len(second) == 31

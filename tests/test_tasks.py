@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import Run
 
-from nanorecur.dataset import load_meta, make_tokenizer, open_split
+from nanorecur.dataset import load_meta, open_split
+from nanorecur.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
 # solvers, written without a look at how rows are made: they read a prompt and return its level and
@@ -131,7 +132,6 @@ FILES = ("train.bin", "val.bin", "hard.bin", "meta.json")
 
 
 def prepare(task, folder, **knobs):
-    folder.mkdir(exist_ok=True)
     knobs = {"train_rows": 160, "val_rows": 20, **KNOBS[task], **knobs, "out_dir": folder}
     arguments = [f"--{name}={value}" for name, value in knobs.items()]
     return Run(f"data/{task}/prepare.py", *arguments)
@@ -165,7 +165,7 @@ def check(task, folder, **knobs):
 
 @pytest.fixture(scope="module", params=SOLVERS)
 def prepared(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp(request.param) / "new"
     run = prepare(request.param, folder)
     assert run.code == 0, run.err
     return request.param, folder

@@ -1,17 +1,20 @@
 """train.py as a user runs it: what it writes, how it goes on, and that its numbers are true."""
 
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import signal
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
     NOISY,
+    ROOT,
     TRAIN,
     Run,
     assert_refused,
@@ -33,6 +36,7 @@ import pretrained
 from nanorecur import checkpoint
 from nanorecur.dataset import load_meta, write_dataset
 from nanorecur.objectives import Objective
+from nanorecur.tokenizer import make_tokenizer, tokenizer_fields
 
 AHEAD = """
     --predict_ahead --n_ahead=2 --loops_per_row --loop_sampling=uniform --bptt_k=1
@@ -52,7 +56,7 @@ GATE = """
 def test_a_run_leaves_two_checkpoints_its_config_and_its_log(plain_run, corpus):
     folder, run = plain_run
     files = ["ckpt.json", "ckpt.pt", "ckpt_prev.pt", "config.json", "lock", "log.jsonl"]
-    assert sorted(os.listdir(folder)) == files
+    assert sorted(os.listdir(folder)) == [*files, "sessions.jsonl"]
     ckpt = torch.load(folder / "ckpt.pt", weights_only=True)
     nanogpts = {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
     assert nanogpts | {"tokenizer"} <= set(ckpt)
@@ -63,8 +67,38 @@ def test_a_run_leaves_two_checkpoints_its_config_and_its_log(plain_run, corpus):
     assert config["batch_size"] == 4
     assert config["vocab_size"] == load_meta(corpus)["vocab_size"]
     assert [entry["iter"] for entry in log(folder)] == [0, 0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
-    line = r"iter 3: loss \d\.\d{4}, .* ms, .* tokens/s, mfu [\d.]+%, loops 2.0, left 00:00:"
-    assert re.search(line, run.out)
+    line = (
+        r"iter 3: loss \d\.\d{4}, norm [\d.]+, [\d.]+ ms, [\d,]+ tokens/s, mfu [\d.]+%, loops 2.0, "
+    )
+    assert re.search(line + r"0.00M tokens, time 0:00:\d\d, left 0:00:\d\d\n", run.out), run.out
+
+
+def test_a_run_says_how_it_was_started(plain_run, corpus):
+    folder, _ = plain_run
+    (session,) = [json.loads(line) for line in (folder / "sessions.jsonl").open()]
+    command = rf"python (/\S*/)?train.py --dataset={corpus} --out_dir={folder} "
+    assert re.match(command, session["command"])
+    assert session["torch"] == torch.__version__
+    assert (session["iter"], session["processes"], session["changed"]) == (0, 1, {})
+    commit = subprocess.run("git rev-parse HEAD".split(), cwd=ROOT, capture_output=True, text=True)
+    assert session.get("commit", "") == commit.stdout.strip()
+    for name in ("start", "host", "python", "device"):
+        assert session[name]
+
+
+def test_tokens_and_flops_so_far_are_those_of_the_steps(corpus, tmp_path):
+    """Also behind a stop; seconds of training never fall."""
+    sampled = ("--loop_sampling=uniform", "--n_loop=3", "--eval_iters=1")
+    for stop in (5, 8):
+        train(corpus, tmp_path, *sampled, "--init_from=auto", f"--max_iters={stop}")
+    loops, model = logged(tmp_path, "loops"), pretrained.load(tmp_path)
+    flops = [128 * model.flops_per_token(int(n)) for n in loops]
+    assert len(set(loops)) > 1
+    assert logged(tmp_path, "tokens") == [128 * (step + 1) for step in range(8)]
+    assert logged(tmp_path, "flops") == pytest.approx(list(itertools.accumulate(flops)))
+    elapsed = logged(tmp_path, "elapsed")
+    assert elapsed == sorted(elapsed)
+    assert elapsed[0] > 0
 
 
 def test_it_learns(plain_run):
@@ -143,6 +177,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(corpus, tmp_path, options):
     a, b = checkpoint.load(undisturbed), checkpoint.load(stopped)
     assert a.keys() == b.keys()
     assert ("training_model" in a) == bool(options)
+    for ckpt in (a, b):
+        assert ckpt["spent"].pop("elapsed") > 0
     for name in a.keys() - {"config"}:
         assert_same(a[name], b[name], name)
     assert without_clock(undisturbed) == without_clock(stopped)
@@ -178,10 +214,86 @@ def test_a_signal_ends_a_run_after_the_step_it_is_in_saved(
         in_call(patch, 2 * 5 + 1, lambda: signal.raise_signal(number))  # in step 5
         run = train(corpus, out, "--eval_loops=1,2,4")
     assert run.code == 128 + number
-    assert "holds the run as of step 6" in run.out
+    assert "holds the run as of step 6; the same command goes on" in run.out
     assert checkpoint.load(out)["iter_num"] == 6
     assert train(corpus, out, "--eval_loops=1,2,4", "--init_from=auto").code == 0
     assert without_clock(out) == without_clock(plain_run[0])
+
+
+def test_a_run_goes_on_with_the_options_it_began_with(corpus, tmp_path):
+    """None of them repeated: an average of the weights, Muon, sampled loops, the data."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert train(corpus, whole, *NOISY).code == 0
+    assert train(corpus, stopped, *NOISY, "--max_iters=4").code == 0
+    bare = (f"--out_dir={stopped}", "--init_from=resume", "--device=cpu", "--compile=False")
+    run = Run("train.py", *bare, "--max_iters=8")
+    assert run.code == 0, run.err
+    assert "max_iters: 4 in the checkpoint, 8 asked for" in run.out
+    for name in ("model", "training_model", "optimizer"):
+        assert_same(checkpoint.load(whole)[name], checkpoint.load(stopped)[name], name)
+    assert without_clock(whole) == without_clock(stopped)
+    session = json.loads((stopped / "sessions.jsonl").read_text().splitlines()[1])
+    assert session["changed"] == {"max_iters": [4, 8]}
+    evaluation = Run("train.py", *bare, "--eval_only")
+    rows = json.loads(evaluation.out.splitlines()[-1])
+    assert rows == [{**row, "loops": row["loops"]} for row in log(whole)[-1]["eval"]]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+LOOKS = [(), ("--eval_interval=1", "--eval_loops=1,2,4"), ("--eval_only", "--n_loop=4")]
+
+
+@pytest.mark.parametrize("options", LOOKS, ids=str)
+def test_looking_at_a_finished_run_changes_nothing(plain_run, corpus, options):
+    folder, _ = plain_run
+    before = contents(folder)
+    run = train(corpus, folder, "--init_from=auto", *options)
+    assert run.code == 0, run.err
+    assert ("already finished at step 8" in run.out) == ("--eval_only" not in options)
+    assert ("n_loop: 2 in the checkpoint, 4 asked for" in run.out) == ("--n_loop=4" in options)
+    assert contents(folder) == before
+
+
+def test_a_run_that_ended_inside_its_last_evaluation_is_not_finished(corpus, tmp_path, plain_run):
+    out = tmp_path / "out"
+    assert train(corpus, out, "--eval_loops=1,2,4").code == 0
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(lines[:-1]))
+    assert train(corpus, out, "--eval_loops=1,2,4", "--init_from=auto").code == 0
+    assert without_clock(out) == without_clock(plain_run[0])
+
+
+def test_a_stream_of_other_tokens_is_another_run(corpus, tmp_path):
+    out, copy = tmp_path / "out", shutil.copytree(corpus, tmp_path / "copy")
+    assert train(corpus, out, "--max_iters=4").code == 0
+    assert train(copy, out, "--init_from=auto", "--max_iters=5").code == 0  # moved
+    fields = tokenizer_fields(load_meta(corpus))
+    text = make_tokenizer(fields).decode(np.fromfile(corpus / "train.bin", "<u2"))
+    write_dataset(copy, fields, {"train": [text[1:]], "val": [text]})
+    run = train(copy, out, "--init_from=auto")
+    assert_refused(run, "its train, val tokens are not those that the run began with")
+
+
+def test_the_same_batch_in_other_micro_steps_goes_on(corpus, tmp_path):
+    out = tmp_path / "out"
+    assert train(corpus, out, "--max_iters=4").code == 0
+    layout = ("--init_from=auto", "--batch_size=8", "--gradient_accumulation_steps=1")
+    run = train(corpus, out, *layout)
+    assert run.code == 0, run.err
+    assert "batch_size: 4 in the checkpoint, 8 asked for" in run.out
+
+
+def test_checkpoints_are_kept_for_good_at_intervals(corpus, tmp_path):
+    out = tmp_path / "out"
+    assert train(corpus, out, "--keep_every=3", "--eval_interval=8").code == 0
+    assert {path.name for path in out.glob("ckpt*.pt")} == {
+        "ckpt.pt", "ckpt_prev.pt", "ckpt_3.pt", "ckpt_6.pt",
+    }  # fmt: skip
+    for step in (3, 6):
+        assert checkpoint.load(out / f"ckpt_{step}.pt")["iter_num"] == step
 
 
 def test_sigusr1_saves_and_goes_on(corpus, tmp_path, monkeypatch):
@@ -301,6 +413,9 @@ SCHEDULES = {  # as shares of the largest rate
     "--lr_schedule=linear": [1 / 3, 2 / 3, *[1 - 0.9 * i / 6 for i in range(6)]],
     "--lr_schedule=constant": [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1],
     "--lr_schedule=wsd --hold_iters=4": [1 / 3, 2 / 3, 1, 1, 1, 0.775, 0.55, 0.325],
+    "--lr_schedule=wsd --lr_decay_iters=6": [1 / 3, 2 / 3, 1, 1, 1, 0.55, 0.1, 0.1],
+    "--lr_schedule=linear --lr_decay_iters=0": [1 / 3, 2 / 3, *[1 - 0.9 * i / 6 for i in range(6)]],
+    "--lr_schedule=linear --lr_decay_iters=1": [1 / 3, 2 / 3, 1, *[0.1] * 5],
     "--decay_lr=False": [1] * 8,
 }
 
@@ -374,7 +489,7 @@ WRONG = {
     "--n_loop=0": "n_loop=0",
     "--loop_counts=2,3": "loop_counts=",
     "--loop_groups=[[0,1],[1]]": "loop_groups=",
-    "--dataset=nowhere": "run: python",
+    "--dataset=nowhere": "dataset=nowhere",
     "--block_size=100000": "block_size=100000",
     "--shard": "shard=True: must be False in one process",
     "--vocab_size=10": "beyond vocab_size=10",
@@ -386,12 +501,15 @@ WRONG = {
     "--init_from=nowhere": "no such checkpoint",
     "--init_from=resume": "no such checkpoint",
     "--bptt_k=1 --input_injection=passthrough": "no gradient",
-    "--lr_decay_iters=1": "lr_decay_iters",
+    "--lr_decay_iters=-1": "lr_decay_iters",
+    "--predict_ahead --max_shift=17": "max_shift=17: must be at most block_size=16",
+    "--exit_rule=kl": "exit_rule=kl: has no effect, automatic_loop_exit=False",
+    "--use_model_baseline --exit_gate=state --objective=exit_gate": "objective='exit_gate': must",
+    "--wandb_log": "wandb_log=True: not logged in; wandb login, or --wandb_mode=offline",
     "--backend=mpi": "backend",
     "--loop_warmup=cosine": "loop_warmup",
     "--eval_stride=17": "eval_stride=17",
     "--lr_schedule=step": "cosine, linear",
-    "--lr_schedule=wsd --hold_iters=8": "hold_iters=8",
     "--recompute=all": "none, cheap, block, loop",
     "--ema_decay=1": "ema_decay=1.0",
     "--spectral_clip_beta=-1": "spectral_clip_beta",
@@ -413,25 +531,38 @@ def test_wrong_input_is_one_line_and_nothing_is_written(corpus, tmp_path, wrong)
 
 ANOTHER_RUN = {
     "--init_from=scratch": "--init_from=auto goes on with this one",
-    "--init_from=resume --n_embd=64": "n_embd=64 where the checkpoint has 32",
-    "--init_from=auto --n_block=2": "n_block=2 where the checkpoint has 1",
-    "--init_from=resume --optimizer=muon": "optimizer=",
+    "--init_from=resume --n_embd=64": "n_embd: 32 in the checkpoint, 64 asked for",
+    "--init_from=auto --n_block=2 --n_loop=3": "1 in the checkpoint, 2 asked for; n_loop: 2 in",
+    "--init_from=resume --optimizer=muon": "optimizer: adamw in the checkpoint, muon asked for",
+    "--init_from=resume --ema_decay=0.9": "--eval_only evaluates this one so",
+    "--init_from=resume --batch_size=8": "batch_size: 4 in the checkpoint, 8 asked for",
 }
 
 
 @pytest.mark.parametrize("wrong", ANOTHER_RUN)
 def test_another_run_is_never_overwritten(plain_run, corpus, wrong):
     folder, _ = plain_run
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
     assert_refused(train(corpus, folder, *wrong.split()), ANOTHER_RUN[wrong])
-    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    assert contents(folder) == before
 
 
 def test_a_checkpoint_of_another_alphabet_is_refused(plain_run, tmp_path):
     tokenizer = {"tokenizer": "char", "chars": "ab"}
     write_dataset(tmp_path, tokenizer, {"train": ["ab" * 99], "val": ["ab" * 99]})
     run = train(tmp_path, plain_run[0], "--init_from=resume")
-    assert_refused(run, "tokenizer")
+    assert_refused(run, "one with the tokenizer of the checkpoint, or --allow_other_tokenizer")
+
+
+def test_tokens_of_another_tokenizer_are_taken_where_one_insists(plain_run, tmp_path):
+    tokenizer = {"tokenizer": "char", "chars": "ab"}
+    write_dataset(tmp_path, tokenizer, {"train": ["ab" * 99], "val": ["ab" * 99]})
+    run = train(tmp_path, tmp_path / "out", f"--init_from={plain_run[0]}", "--max_iters=1")
+    assert_refused(run, "allow_other_tokenizer")
+    options = (f"--init_from={plain_run[0]}", "--max_iters=1", "--allow_other_tokenizer")
+    run = train(tmp_path, tmp_path / "out", *options)
+    assert run.code == 0, run.err
+    assert checkpoint.load(tmp_path / "out")["tokenizer"]["chars"] == "ab"
 
 
 def test_a_token_beyond_the_vocabulary_stops_the_start(corpus, tmp_path):

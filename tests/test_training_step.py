@@ -34,6 +34,7 @@ OPTIONS = {
         "--loss_chunk=9",
         "--recompute=block",
     ],
+    "baseline": ["--objective=deep", "--use_model_baseline=True"],
     "exit": ["--objective=exit", "--exit_gate=state", "--grad_clip=0.1", "--entropy_weight=0.3"],
 }
 

@@ -1,7 +1,7 @@
 """
 Download tiny Shakespeare and write it character by character:
 
-    python data/shakespeare_char/prepare.py [--input_file=input.txt]
+    python data/shakespeare_char/prepare.py [--input_files=input.txt]
 
 Writes train.bin (the first 90 % of the text), val.bin and meta.json.
 """
@@ -11,9 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import clear_errors, configure
+from nanorecur.corpus import find_files
 from nanorecur.dataset import download, write_dataset
 
-input_file = ""  # path of a local text; "": the download
+input_files = ""  # comma-separated globs of local .txt files; "": the download
 out_dir = ""  # folder to write; "": the folder of this script
 configure(globals())
 
@@ -22,12 +23,14 @@ SIZE, SHA256 = 1115394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57
 folder = Path(out_dir or Path(__file__).parent)
 
 with clear_errors():
-    if not input_file:
-        input_file = folder / "input.txt"
-        download(URL, input_file, SIZE, SHA256)
-    text = Path(input_file).read_text(encoding="utf-8")
+    if input_files:
+        paths = find_files(input_files)
+    else:
+        paths = [folder / "input.txt"]
+        download(URL, paths[0], SIZE, SHA256)
+    text = "".join(Path(path).read_text(encoding="utf-8") for path in paths)
     if len(text) < 100:
-        raise ValueError(f"{input_file}: {len(text)} characters are too few to split")
+        raise ValueError(f"{paths[0]}: {len(text)} characters are too few to split")
     cut = int(len(text) * 0.9)
     tokenizer = {"tokenizer": "char", "chars": "".join(sorted(set(text)))}
     write_dataset(folder, tokenizer, {"train": [text[:cut]], "val": [text[cut:]]})
