@@ -62,6 +62,7 @@ gradient_accumulation_steps = 40  # micro-steps in a step, divided among the pro
 optimizer = "adamw"  # adamw, or muon: Muon on the matrices of Linear layers, AdamW on the rest
 learning_rate = 6e-4  # largest rate of AdamW
 muon_learning_rate = 0.02  # largest rate of Muon, on the same schedule
+muon_row_norm = False  # rows of Muon's steps get one length (NorMuon, arXiv 2510.05491)
 max_iters = 600000  # steps
 weight_decay = 0.1  # of matrices; norms, biases and embeddings have none
 beta1 = 0.9

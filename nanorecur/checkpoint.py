@@ -213,11 +213,16 @@ def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def moments_fit(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if every tensor of the state is a scalar or has its parameter's shape."""
+    """Return True if every tensor of the state is a scalar or has its parameter's shape.
+
+    Muon's second_moment has one value for each row.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            for tensor in optimizer.state.get(parameter, {}).values():
-                if tensor.dim() > 0 and tensor.shape != parameter.shape:
+            for name, tensor in optimizer.state.get(parameter, {}).items():
+                by_row = name == "second_moment"
+                shape = parameter.shape[:1] if by_row else parameter.shape
+                if tensor.dim() > 0 and tensor.shape != shape:
                     return False
     return True
 

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model import GPT, spectral_clip
 from nanorecur import checkpoint
+from nanorecur.muon import Muon
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -58,7 +59,8 @@ class Optimizers:
         adamw = partial(torch.optim.AdamW, lr=rate, betas=betas, fused=True)
         if config["optimizer"] == "muon":
             muon_rate = config["muon_learning_rate"]
-            muon = torch.optim.Muon([matrices], lr=muon_rate)
+            row_norm = config["muon_row_norm"]
+            muon = Muon([matrices], lr=muon_rate, row_norm=row_norm)
             self.by_name = {"muon": muon, "adamw": adamw([others])}
             self.full_rates = {"muon": muon_rate, "adamw": rate}
         else:
@@ -106,14 +108,18 @@ class ComputeCopy:
         if not self.is_copy:
             return
         params = self.model_objective.parameters()
+        sums, gradients = [], []
         for p, computed in zip(params, self.objective.parameters(), strict=True):
             if computed.grad is None:
                 continue
             if p.grad is None:
                 p.grad = computed.grad.float()
             else:
-                p.grad.add_(computed.grad)
+                sums.append(p.grad)
+                gradients.append(computed.grad)
             computed.grad = None
+        if sums:
+            torch._foreach_add_(sums, gradients)
 
     @torch.no_grad()
     def copy_weights(self) -> None:
@@ -141,10 +147,14 @@ class SpectralClip:
                         self.by_shape.setdefault(weight.shape, []).append(weight)
 
     def __call__(self, iter_num: int) -> None:
-        if iter_num % self.every == 0:
-            for matrices in self.by_shape.values():
-                clipped = spectral_clip(torch.stack(matrices), self.beta)
-                torch._foreach_copy_(matrices, list(clipped))
+        if iter_num % self.every != 0:
+            return
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # in TF32 values end 0.2 % above beta
+        for matrices in self.by_shape.values():
+            clipped = spectral_clip(torch.stack(matrices), self.beta)
+            torch._foreach_copy_(matrices, list(clipped))
+        torch.set_float32_matmul_precision(precision)
 
 
 class GradientGuard:

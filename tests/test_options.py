@@ -124,6 +124,7 @@ WITHOUT = [
     ("spectral_clip_interval", 5, {}),
     ("exit_rule", "kl", {}),
     ("muon_learning_rate", 0.01, {}),
+    ("muon_row_norm", True, {}),
     ("hold_iters", 10, {}),
     ("entropy_weight", 0.2, dict(objective="deep")),
     ("loss_weighting", "linear", {}),
