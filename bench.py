@@ -66,7 +66,7 @@ peer = ""  # folder of a nanoGPT checkout to compare with; train: or nanoLOOP, o
 write_to = ""  # Markdown file whose section on this machine is replaced, such as BENCHMARKS.md
 rounds = 5  # rounds in which all that is compared takes turns
 threads = 0  # CPU threads; 0: torch's choice
-dtypes = "float32", "bfloat16"  # number types to time, of ours and of transformers' decoding
+dtypes = "float32,bfloat16"  # number types to time, of ours and of transformers' decoding
 # train
 steps = 5  # training steps in a turn
 peak_memory = False  # with peer: measure the memory of a step too, in a process for each
@@ -118,8 +118,8 @@ with clear_errors():
         counts = all(type(n) is int and n >= 1 for n in config[name])
         require(name, config[name], counts, "whole numbers of at least 1, such as 1,4")
     require("batch_sizes", batch_sizes, len(batch_sizes) > 0, "not empty")
-    known = len(dtypes) > 0 and set(dtypes) <= set(DTYPES)
-    require("dtypes", dtypes, known, "of " + ", ".join(DTYPES))
+    for dtype_name in dtypes.split(","):
+        require("dtypes", dtypes, dtype_name in DTYPES, "of " + ",".join(DTYPES))
     if write_to:
         require("write_to", write_to, Path(write_to).parent.is_dir(), "in a folder that exists")
     for peer_folder in filter(None, peer.split(",")):
@@ -408,7 +408,7 @@ def trainers(modes: dict[str, bool]) -> dict[str, Trainer]:
     modes: endings of names, to whether torch.compile is used.
     """
     contestants = {}
-    for dtype_name in dtypes:
+    for dtype_name in dtypes.split(","):
         number_type = DTYPES[dtype_name]
         for ending, compiled in modes.items():
             step = TrainingStep(config | LIKE_PEERS, device, number_type, compiled)
@@ -608,7 +608,7 @@ def own_decoders() -> dict[str, TimedDecoder]:
     for shape_name, shape in decoded_shapes().items():
         fresh = GPT(shape).to(device).eval()
         n_read = weights_read(fresh)
-        for dtype_name in dtypes:
+        for dtype_name in dtypes.split(","):
             ready, number_type = copy.deepcopy(fresh), DTYPES[dtype_name]
             if on_cpu:
                 pack(ready, number_type)
@@ -619,7 +619,7 @@ def own_decoders() -> dict[str, TimedDecoder]:
             if config["compile"] and number_type == usual:
                 compiled = partial(greedy, fresh, number_type, True)
                 found[f"{name}, compiled"] = TimedDecoder(compiled, n_bytes)
-        if on_cpu and not shape.groups and "float32" in dtypes:
+        if on_cpu and not shape.groups and "float32" in dtypes.split(","):
             run = partial(greedy, fresh, torch.float32, False)
             found[f"{shape_name}, float32, weights not packed"] = TimedDecoder(run, 4 * n_read)
     return found
@@ -629,7 +629,7 @@ def other_decoders() -> dict[str, TimedDecoder]:
     """Return those of others that are here: transformers', and nanoGPT's of a peer."""
     found = {}
     try:
-        for dtype_name in dtypes:
+        for dtype_name in dtypes.split(","):
             decoder = transformers_decoder(DTYPES[dtype_name])
             found[f"transformers' GPT-2, {dtype_name}"] = decoder
     except ImportError:

@@ -311,7 +311,10 @@ def convert(value: object, knob: Knob, prefix: str = "") -> object:
     else:
         fits = isinstance(value, kind)
     if not fits:
-        raise ValueError(f"{prefix}{knob.name}={clip(value)!r}: must be {TYPE_WORDS[kind]}")
+        allowed = TYPE_WORDS[kind]
+        if kind in (int, float) and isinstance(value, (int, float)) and abs(value) >= 2**64:
+            allowed += " below 2**64"
+        raise ValueError(f"{prefix}{knob.name}={clip(value)!r}: must be {allowed}")
     return freeze(value) if kind is tuple else kind(value)
 
 

@@ -347,7 +347,7 @@ def lay_out(model: nn.Module, dtype: torch.dtype, layout: str = "auto", rows: in
     ValueError where this torch lacks the layout.
     """
     legal = usable_layouts(dtype)
-    require("cpu_weights", layout, layout in ("auto", *legal), f"auto, {' or '.join(legal)}")
+    require("cpu_weights", layout, layout in ("auto", *legal), "one of auto, " + ", ".join(legal))
     layers = [module for module in model.modules() if type(module) is nn.Linear]
     if layout == "auto":
         layout = fastest_layout(layers, dtype, rows)
@@ -410,17 +410,18 @@ def fastest_layout(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> st
     if known.get(key) not in usable_layouts(dtype):
         seconds = time_layouts(layers, dtype, rows)
         known[key] = min(seconds, key=seconds.get)
-        with contextlib.suppress(OSError):  # without a folder to write to it is timed each time
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(known, indent=1).encode())
+        if not is_busy():  # what a busy machine chooses is for this time alone
+            with contextlib.suppress(OSError):  # of a folder that cannot be written
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(known, indent=1).encode())
     return known[key]
 
 
 def time_layouts(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> dict[str, float]:
     """Return {layout: seconds of these layers' products}, from a layer of each shape.
 
-    Layouts and shapes take turns, as many as 50 ms hold, so that weights come from where they come
-    from in decoding, memory or cache, and a busy machine disturbs all alike.
+    Layouts and shapes take turns for 50 ms, at least five times, so that weights come from where
+    they come from in decoding, memory or cache, and a busy machine disturbs all alike.
     """
     counts = Counter(layer.weight.shape for layer in layers)
     products = {}
@@ -439,6 +440,12 @@ def time_layouts(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> dict
     for (layout, shape), durations in times.items():
         seconds[layout] += counts[shape] * statistics.median(durations)
     return dict(seconds)
+
+
+def is_busy() -> bool:
+    """Return whether more programs than this machine has cores want to run."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
+    return load > os.cpu_count()
 
 
 def cpu_name() -> str:

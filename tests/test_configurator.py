@@ -143,6 +143,7 @@ WRONG = [
     ("--count=", ["count=''"]),
     ("--count=True", ["whole"]),
     ("--rate=fast", ["rate='fast'", "a number"]),
+    ("--rate=1e30", ["rate=1e+30", "a number below 2**64"]),
     ("--rate=nan", ["number"]),
     ("--rate=inf", ["number"]),
     ("--count=" + "9" * 400, ["whole"]),

@@ -1,5 +1,6 @@
 """hardware.py: devices, data sheets, attention under autocast on a CPU, clock and memory."""
 
+import json
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, build, tokens
 
 from nanorecur import hardware
 from nanorecur.hardware import (
@@ -166,3 +167,98 @@ def test_peak_memory_is_not_of_the_process_that_started_this_one():
     words += "; print(hardware.peak_memory(torch.device('cpu')))"
     child = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, check=True)
     assert int(child.stdout) < held.nbytes < peak_memory(CPU)
+
+
+# -----------------------------------------------------------------------------
+# weights laid out for decoding on a CPU
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The path of the file with remembered layouts, on a machine that is not busy."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(hardware, "is_busy", lambda: False)
+    return tmp_path / "nanorecur" / "decoding.json"
+
+
+def never(*arguments):
+    raise AssertionError("timed again")
+
+
+@pytest.mark.parametrize("layout", hardware.LAYOUTS)
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_every_layout_computes_the_same(layout, dtype, near):
+    if layout not in hardware.usable_layouts(dtype):
+        pytest.skip("this CPU has no packed products of this type")
+    model, idx = build(spread=0.1), tokens()
+    want = model(idx, idx)[0]
+    assert hardware.lay_out(model, dtype, layout) == layout
+    difference = (model(idx, idx)[0] - want).abs().max()
+    assert difference < near * want.abs().max()
+    assert difference > 0 or dtype == torch.float32  # bfloat16 weights act
+
+
+@pytest.mark.parametrize("fastest", hardware.LAYOUTS)
+def test_auto_takes_the_layout_whose_products_are_fastest(fastest, cache, monkeypatch):
+    def sleep(layer, dtype, layout):
+        return lambda x: time.sleep(0 if layout == fastest else 0.002)
+
+    monkeypatch.setattr(hardware, "laid_out", sleep)
+    assert hardware.lay_out(build(), torch.float32) == fastest
+
+
+def test_shapes_count_as_often_as_the_model_has_them(monkeypatch):
+    """Each layer of 8 to 9 is twice as fast packed, the one of 9 to 8 much slower."""
+
+    def sleep(layer, dtype, layout):
+        wide = layer.in_features == 9
+        return lambda x: time.sleep(0.004 if wide == (layout == "packed") else 0.001)
+
+    monkeypatch.setattr(hardware, "laid_out", sleep)
+    many, one = [torch.nn.Linear(8, 9) for _ in range(5)], torch.nn.Linear(9, 8)
+    seconds = hardware.time_layouts([*many, one], torch.float32, rows=1)
+    assert min(seconds, key=seconds.get) == "packed"
+    assert seconds["packed"] > 5 * 0.001 + 0.004
+    assert seconds["plain"] > 5 * 0.004 + 0.001
+
+
+def test_a_layout_is_chosen_once_for_each_processor_type_and_number_of_rows(cache, monkeypatch):
+    first = hardware.lay_out(build(), torch.float32)
+    monkeypatch.setattr(hardware, "time_layouts", never)
+    assert hardware.lay_out(build(), torch.float32) == first
+    for other in [dict(rows=2), dict(dtype=torch.bfloat16)]:
+        with pytest.raises(AssertionError, match="timed again"):
+            hardware.lay_out(build(), **{"dtype": torch.float32, **other})
+    with pytest.raises(AssertionError, match="timed again"):
+        hardware.lay_out(build(n_embd=64), torch.float32)
+    monkeypatch.setattr(hardware, "cpu_name", lambda: "another one")
+    with pytest.raises(AssertionError, match="timed again"):
+        hardware.lay_out(build(), torch.float32)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"KEY": "none"}'])
+def test_a_damaged_file_of_layouts_is_made_anew(text, cache):
+    hardware.lay_out(build(), torch.float32)
+    (key,) = json.loads(cache.read_text())
+    cache.write_text(text.replace("KEY", key))
+    layout = hardware.lay_out(build(), torch.float32)
+    assert json.loads(cache.read_text()) == {key: layout}
+
+
+def test_what_a_busy_machine_chooses_is_not_kept(cache, monkeypatch):
+    monkeypatch.setattr(hardware, "is_busy", lambda: True)
+    assert hardware.lay_out(build(), torch.float32) in hardware.LAYOUTS
+    assert not cache.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(cache):
+    cache.parent.write_text("a file")
+    assert hardware.lay_out(build(), torch.float32) in hardware.LAYOUTS
+
+
+def test_without_onednn_no_weights_are_packed(cache, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert hardware.lay_out(build(), torch.float32) in ("plain", "transposed")
+    words = "cpu_weights='packed': must be one of auto, plain, transposed"
+    with pytest.raises(ValueError, match=words):
+        hardware.lay_out(build(), torch.float32, "packed")
