@@ -548,6 +548,20 @@ def add_depth(page: Page, runs: list[Run]) -> None:
     page.table(names, [row for name, sweep in sweeps.items() for row in sweep_rows(name, sweep)])
 
 
+def add_levels(page: Page, runs: list[Run]) -> None:
+    """Add accuracy against loops for each level of a task, as the run's last evaluation found."""
+    for number, run in enumerate(runs):
+        data = measure.level_curves(run.log)
+        if not data:
+            continue
+        caption = (
+            "The staircase: accuracy against loops, a line for each level of the task. Dashed: "
+            "levels that no row in training had. A star: the loops that the level gets."
+        )
+        figure = plots.draw_levels(run.name, data)
+        page.picture(f"levels_{number}", caption, figure, {run.name: data})
+
+
 def sweep_of(run: Run) -> measure.Arrays:
     """Return the losses of a run at loop counts up to four times its own."""
     counts, loops = run.model.config.counts(), []
@@ -841,6 +855,7 @@ with Progress() as progress:
     add_overview(page, runs)
     add_training(page, runs)
     add_depth(page, runs)
+    add_levels(page, runs)
     if groups:
         add_states(page, groups)
     progress.now("the residual stream")

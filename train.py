@@ -27,11 +27,12 @@ import torch
 
 import pretrained
 from configurator import clear_errors, configure, require
-from model import GPTConfig, sample_loops, shift_labels
+from model import GPTConfig, shift_labels
 from nanorecur import checkpoint, evaluation, hardware, optim, options, resuming, run_log
 from nanorecur.compilation import compile_parts
 from nanorecur.corpus import Stream, open_stream
-from nanorecur.dataset import Split, load_meta, open_split, random_key
+from nanorecur.curriculum import Curriculum
+from nanorecur.dataset import Split, load_meta, open_split, random_key, window_of
 from nanorecur.files import write_atomically
 from nanorecur.objectives import Objective, sample_shifts, select_trained
 from nanorecur.parallel import Processes, ShardedProcesses
@@ -87,6 +88,9 @@ ahead_weight = 0.3  # weight of the losses of n_ahead's further heads, together
 # rarely: loops
 loops_per_row = False  # draw a loop count for each window instead of each step
 loop_warmup_iters = 0  # steps over which loop counts rise to their value; 0: off
+loops_of_level = ()  # a,b: a row of a task gets a * its level + b loops, a step rows of one level
+loops_beyond = 0  # loops drawn on top of that for each step, from 0 to so many
+level_warmup_iters = 0  # steps over which the largest trained level rises to the last; 0: off
 loop_warmup = "linear"  # how they rise: linear, or sqrt: 1 - sqrt(1 - t) (arXiv 2511.07384)
 # rarely: optimizer
 lr_schedule = "cosine"  # after the warm-up: cosine, linear, wsd (hold, then linear), constant
@@ -168,7 +172,7 @@ with clear_errors():
         if "vocab_size" not in given:
             model_args["vocab_size"] = options.pad_vocab(meta["vocab_size"])
         if "row" in meta and "block_size" not in given:  # a task's rows have one length
-            model_args["block_size"] = meta["row"]["length"] - 1
+            model_args["block_size"] = window_of(meta["row"])
         raw_model = pretrained.new_model(GPTConfig(**model_args))
     else:
         overrides = {name: value for name, value in model_args.items() if name in given}
@@ -207,6 +211,7 @@ with clear_errors():
     else:
         names = [name for name in ("train", "val", "hard") if name in meta["splits"]]
         splits = {name: open_split(data_dir, name, meta, block_size, known_ids) for name in names}
+    curriculum = Curriculum(config, raw_model.config, splits.get("train"))
 
     # from here on files are written
     if processes.is_first and writes:
@@ -292,25 +297,13 @@ def get_lr(it: int) -> float:
     return 1 - (1 - min_lr / learning_rate) * falls[lr_schedule]
 
 
-def get_loops(it: int) -> list[tuple]:
-    """Return a list of loop counts, one int per group: one for step it, or one for each row."""
-    share = min(1.0, (it + 1) / loop_warmup_iters) if loop_warmup_iters else 1.0
-    if loop_warmup == "sqrt":
-        share = 1 - math.sqrt(1 - share)
-    means = [max(1, math.ceil(share * n)) for n in raw_model.config.counts()]
-    generator = torch.Generator().manual_seed(random_key(seed, "loops", it))
-    draws = rows_per_iter if loops_per_row else 1
-    return [sample_loops(raw_model.config, generator, means) for _ in range(draws)]
-
-
 def get_tokens(it: int, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return this process's share of the global batch of step it: x, y (batch_size, block_size)."""
+    """Return this process's share of the global batch of step it: x, y (batch_size, T)."""
     number = micro_step * world_size + rank  # among the micro-steps of all processes
     if stream:
         return streamed.next(number)
     first = (it * gradient_accumulation_steps + number) * batch_size
-    positions = first + np.arange(batch_size)
-    return splits["train"].windows(splits["train"].shuffled(positions, seed))
+    return splits["train"].windows(curriculum.starts(it, first + np.arange(batch_size)))
 
 
 def get_batches(it: int, loops: list[tuple]) -> tuple[list[tuple], int]:
@@ -372,12 +365,11 @@ while True:
         if result is None:  # a signal came
             start += time.perf_counter() - paused
             continue
-        rows, details = result
-        entry = {"iter": iter_num, "eval": rows, "objective": details}
-        log.evaluation({**entry, "watch": evaluator.report_states()}, raw_model.config.counts())
+        entry = {"iter": iter_num, **result, "watch": evaluator.report_states()}
+        log.evaluation(entry, raw_model.config.counts())
         if eval_only:
-            log.print(json.dumps(rows))
-        val_loss = next(row["loss"] for row in rows if row["split"] == "val")
+            log.print(json.dumps(result["eval"]))
+        val_loss = next(row["loss"] for row in result["eval"] if row["split"] == "val")
         improved = val_loss < best_val_loss
         best_val_loss = val_loss if improved else best_val_loss
     timely = (due and not ending) or asked or at(save_interval) or at(keep_every)
@@ -391,7 +383,7 @@ while True:
 
     # one step: the gradient of the global batch, in micro-steps
     torch.manual_seed(random_key(seed, iter_num, rank))  # of dropout and noise
-    loops = get_loops(iter_num)
+    loops = curriculum.loops(iter_num)
     batches, n_targets = fetched or get_batches(iter_num, loops)
     n_targets = processes.sum(torch.tensor(n_targets)).item()
     totals = {}
@@ -405,7 +397,7 @@ while True:
         computed.collect_gradients()
         evaluation.add(totals, parts)
     # the next step's tokens while the device computes; a stream's position is saved before they are
-    fetched = None if stream else get_batches(iter_num + 1, get_loops(iter_num + 1))
+    fetched = None if stream else get_batches(iter_num + 1, curriculum.loops(iter_num + 1))
     # all that a step waits for: one NaN in the weights would cost the run
     norm = processes.gradient_norm(optim.clip_gradient(raw_model, grad_clip))
     if guard.accepts(norm):

@@ -128,6 +128,53 @@ def write_task(
     return write_dataset(folder, {"tokenizer": "char", "chars": chars, "row": row}, splits)
 
 
+def write_targets_task(
+    folder: str | Path,
+    chars: str,
+    make: Callable[[int, random.Random], tuple[str, list]],
+    sizes: dict[str, dict[int, int]],
+    seed: int,
+) -> dict:
+    """Write a task whose targets stand beside its rows, at any position, and return its meta.
+
+    As write_task, but make(level, rng) -> (row, targets): a text, and for each of its characters
+    the one to predict there, or None. The targets of a split are ids in <split>.targets.bin, the
+    largest number of its type where there is none.
+    """
+    splits, targets = {}, {}
+    seen, lengths, id_of = set(), set(), {char: i for i, char in enumerate(chars)}
+    for split in sorted(sizes):
+        splits[split], rows_of_ids = [], []
+        for level, rows in tqdm(sorted(sizes[split].items()), desc=split):
+            rng = random.Random(random_key(seed, split, level))
+            for row, wanted in new_rows(make, level, rng, rows, seen, split):
+                lengths |= {len(row), len(wanted)}
+                splits[split].append(row)
+                rows_of_ids.append([NO_TARGET if char is None else id_of[char] for char in wanted])
+        targets[split] = np.array(rows_of_ids, "<u2")
+    if len(lengths) != 1:
+        raise ValueError(f"rows and targets must have one length, not {sorted(lengths)}")
+    levels = {split: [list(pair) for pair in sorted(sizes[split].items())] for split in sizes}
+    row = {"length": lengths.pop(), "prompt": 1, "targets": True, "levels": levels}
+    os.makedirs(folder, exist_ok=True)
+    for split, ids in targets.items():
+        write_atomically(targets_path(folder, split), ids.tobytes())
+    return write_dataset(folder, {"tokenizer": "char", "chars": chars, "row": row}, splits)
+
+
+NO_TARGET = 2**16 - 1
+
+
+def targets_path(folder: str | Path, split: str) -> Path:
+    """Return the path of a split's targets."""
+    return Path(folder, f"{split}.targets.bin")
+
+
+def window_of(row: dict) -> int:
+    """Return the block_size of a task's rows; row: "row" of its meta.json."""
+    return row["length"] if row.get("targets") else row["length"] - 1
+
+
 def new_rows(
     make: Callable, level: int, rng: random.Random, rows: int, seen: set[str], split: str
 ) -> Iterator[tuple[str, str]]:
@@ -310,8 +357,10 @@ def open_split(
         tokens = Shards(shards_of(folder, name))
     else:
         tokens = open_tokens(path, meta["splits"][name]["tokens"], meta["dtype"])
-    n_bytes = meta["splits"][name]["bytes"]
-    return Split(name, tokens, n_bytes, block_size, vocab_size, meta.get("row"), path)
+    n_bytes, row, targets = meta["splits"][name]["bytes"], meta.get("row"), None
+    if row and row.get("targets"):
+        targets = open_tokens(targets_path(folder, name), meta["splits"][name]["tokens"], "uint16")
+    return Split(name, tokens, n_bytes, block_size, vocab_size, row, path, targets)
 
 
 def open_tokens(path: Path, n_tokens: int, dtype: str) -> np.ndarray:
@@ -341,10 +390,12 @@ class Split:
         vocab_size: int,
         row: dict | None = None,
         path: str | Path = "",
+        targets: np.ndarray | None = None,
     ):
         """Check the tokens and count the windows.
 
         n_bytes: size of the text. row: "row" of a task's meta.json. path: for error messages.
+        targets: what to predict at each token, NO_TARGET for nothing; None: the next token.
         Raises ValueError where an id is beyond vocab_size or block_size does not fit.
         """
         self.name = name
@@ -354,6 +405,7 @@ class Split:
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.row = row
+        self.targets = targets
         self.path = path or name
         if row:
             self.step = row["length"]  # from one window to the next
@@ -361,9 +413,9 @@ class Split:
         else:
             self.step = block_size
             self.n_windows = (self.n_tokens - 1) // self.step  # the last target is a token more
-        if row and self.step != block_size + 1:
+        if row and block_size != window_of(row):
             raise ValueError(
-                f"block_size={block_size}: the rows of {self.path} need {self.step - 1}"
+                f"block_size={block_size}: the rows of {self.path} need {window_of(row)}"
             )
         if self.n_windows < 1:
             raise ValueError(
@@ -396,6 +448,30 @@ class Split:
             starts[in_epoch] = windows * self.step + offset
         return starts
 
+    def level_numbers(self) -> list[int]:
+        """Return the levels of the task's rows, ascending."""
+        return [level for level, rows in self.row["levels"][self.name] if rows]
+
+    def rows_of_level(self, level: int) -> range:
+        """Return the numbers of the rows of a level, which stand one after the other."""
+        first = 0
+        for number, rows in self.row["levels"][self.name]:
+            if number == level:
+                return range(first, first + rows)
+            first += rows
+        raise ValueError(f"{self.path}: has no rows of level {level}")
+
+    def shuffled_level(self, level: int, positions: np.ndarray, seed: int) -> np.ndarray:
+        """Return the starts (N,) of rows of one level, at positions (N,) of its shuffled order."""
+        rows = self.rows_of_level(level)
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), len(rows))
+        numbers = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            in_epoch = epochs == epoch
+            key = random_key(seed, self.name, level, int(epoch))
+            numbers[in_epoch] = permute(places[in_epoch], len(rows), key)
+        return (numbers + rows.start) * self.step
+
     def spread(self, count: int) -> np.ndarray:
         """Return the starts (count,) of evenly spaced windows, for evaluation: always the same."""
         return np.arange(count, dtype=np.int64) * self.n_windows // count * self.step
@@ -420,8 +496,10 @@ class Split:
 
         A target is -1, which the loss ignores, inside the prompt of a task's row, and before the
         last n_scored (N,) targets. A window that reaches the end of the split continues at its
-        beginning.
+        beginning. Columns at the end in which no row has a target beside it are left out.
         """
+        if self.targets is not None:
+            return self.windows_beside_targets(starts, n_scored)
         places = starts[:, None] + np.arange(self.block_size + 1)
         tokens = self.tokens.take(places, mode="wrap").astype(np.int64)
         self._check_ids(tokens)
@@ -431,6 +509,20 @@ class Split:
         if n_scored is not None:
             y[np.arange(self.block_size) < self.block_size - n_scored[:, None]] = -1
         return x, y
+
+    def windows_beside_targets(
+        self, starts: np.ndarray, n_scored: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        places = starts[:, None] + np.arange(self.block_size)
+        x, y = self.tokens[places].astype(np.int64), self.targets[places].astype(np.int64)
+        self._check_ids(x)
+        y[y == NO_TARGET] = -1
+        if y.max() >= self.vocab_size:
+            raise ValueError(f"{self.path}: a target is beyond vocab_size={self.vocab_size}")
+        if n_scored is not None:
+            y[n_scored == 0] = -1  # rows that pad a batch
+        width = np.flatnonzero((y >= 0).any(0)).max(initial=0) + 1
+        return x[:, :width].copy(), y[:, :width].copy()
 
     def levels(self, starts: np.ndarray) -> np.ndarray:
         """Return the level (N,) of the task's rows at these starts, 0 for text."""

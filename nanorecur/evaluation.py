@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import GPT, shift_labels
+from nanorecur.curriculum import loops_at
 from nanorecur.dataset import Split
 from nanorecur.exit_rules import exit_evaluation, make_exit
 from nanorecur.hardware import autocast
@@ -58,14 +59,24 @@ class Evaluation:
         starts = split.spread(min(most, split.n_windows))
         return starts, np.full(len(starts), split.block_size)
 
-    def batches(self, split: Split) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-        """Yield (starts, x, y) of this process's windows.
+    def windows_of_level(self, split: Split, level: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (starts, n_scored) of rows of one level of a task, evenly spaced."""
+        rows = split.rows_of_level(level)
+        most = self.config["eval_iters"] * self.config["batch_size"] // len(split.level_numbers())
+        count = min(len(rows), max(self.config["batch_size"], most))
+        starts = (rows.start + np.arange(count, dtype=np.int64) * len(rows) // count) * split.step
+        return starts, np.full(count, split.block_size)
+
+    def batches(
+        self, split: Split, windows: tuple | None = None
+    ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Yield (starts, x, y) of this process's windows; windows: those to use, or None.
 
         The last batches are padded with windows that have no targets, so that all processes run
         equally many batches of one shape. Raises Interrupted.
         """
         batch_size, n_processes = self.config["batch_size"], self.processes.world_size
-        starts, n_scored = self.windows(split)
+        starts, n_scored = windows or self.windows(split)
         missing = -len(starts) % (batch_size * n_processes)
         starts = np.pad(starts, (0, missing), mode="wrap")
         n_scored = np.pad(n_scored, (0, missing))
@@ -80,11 +91,12 @@ class Evaluation:
     # -------------------------------------------------------------------------
     # scores
 
-    def run(self, eval_loops: tuple) -> tuple[list[dict], dict] | None:
-        """Return (rows, details), or None if a signal came. eval_loops: further loop counts.
+    def run(self, eval_loops: tuple) -> dict | None:
+        """Return an evaluation, or None if a signal came. eval_loops: further loop counts.
 
-        rows: a dict per (split, loops, shift) with these keys and those of score(): train at the
+        eval: a dict per (split, loops, shift) with these keys and those of score(): train at the
         model's own loops, other splits at eval_loops too; with predict_ahead val at each shift.
+        objective: what details() returns. levels: what score_levels() returns, if there is any.
         """
         model_config = self.model.config
         own = model_config.counts()
@@ -103,21 +115,44 @@ class Evaluation:
             for name, loops, shift in wanted:
                 scores = self.score(self.splits[name], loops, shift)
                 rows.append({"split": name, "loops": loops, "shift": shift, **scores})
-            return rows, self.details()
+            entry = {"eval": rows, "objective": self.details()}
+            if self.config["loops_of_level"]:
+                entry["levels"] = self.score_levels(eval_loops)
+            return entry
         except Interrupted:
             return None
 
+    def score_levels(self, eval_loops: tuple) -> list[dict]:
+        """Return what each level of a task gets at its own loops and at each of eval_loops.
+
+        A dict per (split, level, loops): loss, accuracy (over targets), exact (rows all right), and
+        own: True at the loops that loops_of_level gives to the level.
+        """
+        found = []
+        n_groups = len(self.model.config.groups)
+        for name, split in self.splits.items():
+            for level in split.level_numbers() if name != "train" else ():
+                own = loops_at(self.config["loops_of_level"], level)
+                windows = self.windows_of_level(split, level)
+                for n in sorted({own, *eval_loops}):
+                    scores = self.score(split, (n,) * n_groups, 1, windows)
+                    entry = {"split": name, "level": level, "loops": n, "own": n == own}
+                    entry |= {key: scores[key] for key in ("loss", "accuracy", "exact")}
+                    found.append(entry)
+        return found
+
     @torch.no_grad()
-    def score(self, split: Split, n_loop: tuple, shift: int) -> dict:
+    def score(self, split: Split, n_loop: tuple, shift: int, windows: tuple | None = None) -> dict:
         """Return loss (nats per token), bits per token and per byte, and accuracy of a split.
 
         Of a reasoning task also the share of rows whose whole answer is right, in all ("exact") and
         by level.
         """
         self.model.eval()
-        levels, rows_of = np.unique(split.levels(self.windows(split)[0]), return_counts=True)
+        windows = windows or self.windows(split)
+        levels, rows_of = np.unique(split.levels(windows[0]), return_counts=True)
         scores, rows, level_of_row = [], [], []
-        for starts, x, y in self.batches(split):
+        for starts, x, y in self.batches(split, windows):
             with autocast(self.device, self.dtype):
                 batch_sums, row_is_right = score_batch(self.model, x, y, n_loop, shift)
             scores.append(batch_sums)
@@ -275,6 +310,29 @@ def table(rows: list[dict]) -> str:
         if has_shifts:
             line += f"{row['shift']:>14}"
         lines.append(line)
+    return "\n".join(lines)
+
+
+def table_of_levels(levels: list[dict]) -> str:
+    """Return the accuracy of each level as a text table: at its own loops, and at others.
+
+    A rule stands before the levels beyond training.
+    """
+    accuracy, own, split_of = {}, {}, {}
+    for entry in levels:
+        accuracy[entry["level"], entry["loops"]] = entry["accuracy"]
+        split_of[entry["level"]] = entry["split"]
+        if entry["own"]:
+            own[entry["level"]] = entry["loops"]
+    numbers = sorted(split_of)
+    shared = [n for n in sorted({n for _, n in accuracy}) if all((k, n) in accuracy for k in own)]
+    head = f"{'level':>5}{'loops':>7}{'right':>8}" + "".join(f"{f'at {n}':>8}" for n in shared)
+    lines = ["accuracy by level, at its own loops and at others", head]
+    for before, level in zip([numbers[0], *numbers], numbers):
+        if split_of[before] != split_of[level]:
+            lines.append("-" * len(head))
+        cells = [f"{accuracy[level, n]:>8.1%}" for n in [own[level], *shared]]
+        lines.append(f"{level:>5}{own[level]:>7}" + "".join(cells))
     return "\n".join(lines)
 
 

@@ -47,10 +47,39 @@ def training_curves(entries: list[dict]) -> Arrays:
     for name in ("loss", "lr", "loops", "tokens_per_second"):
         curves[name] = [entry[name] for entry in steps]
     for name in ("loss", "bits_per_byte"):
-        curves[f"val {name}"] = [row[name] for row in own]
+        curves[f"val {name}"] = [row[name] for row in own if name in row]
     if not any(curves["loops"]):  # nothing is looped
         del curves["loops"]
     return {name: np.array(values, dtype=float) for name, values in curves.items() if values}
+
+
+def level_curves(entries: list[dict]) -> dict[str, np.ndarray]:
+    """Return the accuracy of each level of a task at each number of loops, as last evaluated.
+
+    entries: of log.jsonl. accuracy: (levels, loops), NaN where it was not measured; own: the loops
+    of each level; beyond: which levels (levels,) were not in training. {} where none was logged.
+    """
+    logged = [entry["levels"] for entry in entries if entry.get("levels")]
+    if not logged:
+        return {}
+    last = logged[-1]
+    levels = sorted({row["level"] for row in last})
+    loops = sorted({row["loops"] for row in last})
+    accuracy = np.full((len(levels), len(loops)), np.nan)
+    own, beyond = np.zeros(len(levels), dtype=int), np.zeros(len(levels), dtype=bool)
+    for row in last:
+        i = levels.index(row["level"])
+        accuracy[i, loops.index(row["loops"])] = row["accuracy"]
+        beyond[i] = row["split"] == "hard"
+        if row["own"]:
+            own[i] = row["loops"]
+    return {
+        "levels": np.array(levels),
+        "loops": np.array(loops),
+        "accuracy": accuracy,
+        "own": own,
+        "beyond": beyond,
+    }
 
 
 # -----------------------------------------------------------------------------

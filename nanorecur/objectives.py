@@ -351,7 +351,7 @@ def loop_by_row(loop: Loop, x: Tensor, ctx: Context, counts: Tensor) -> Tensor:
     carry a gradient. A loop computes only the rows that have begun, so that the batch costs the
     mean of the counts.
     """
-    counts, order = counts.sort(descending=True)
+    counts, order = counts.cpu().sort(descending=True)  # DDP moves them to its GPU
     ctx = ctx.rows(order)
     e, s = loop.begin(x[order], ctx, counts[:, None, None].to(x.device))
     for left in range(int(counts[0]), 0, -1):

@@ -227,6 +227,30 @@ def draw_depths(panel: Axes, data: Arrays, name: str, number: int, label: str) -
     panel.plot(np.mean(data["configured"]), data[f"configured_{name}"], "*", **star)
 
 
+def draw_levels(run: str, data: Arrays) -> Figure:
+    """Draw what level_curves returns: accuracy against loops, a line for each of a few levels.
+
+    A star: the loops of the level. Dashed: levels beyond training.
+    """
+    figure, axes = panels(1, 1, 6.4, 3.6)
+    panel, count = axes[0], len(data["levels"])
+    shown = np.unique(np.linspace(0, count - 1, min(count, 8)).round().astype(int))
+    for place, i in enumerate(shown):
+        shade = to_hex(colormaps["viridis"](0.9 * place / max(1, len(shown) - 1)))
+        known = ~np.isnan(data["accuracy"][i])
+        x, y = data["loops"][known], data["accuracy"][i][known]
+        dashes = "--" if data["beyond"][i] else "-"
+        label = f"level {data['levels'][i]}" + (", not trained" if data["beyond"][i] else "")
+        panel.plot(x, y, color=shade, linestyle=dashes, marker="o", markersize=3, label=label)
+        own = x == data["own"][i]
+        panel.plot(x[own], y[own], "*", color=shade, markersize=13, markeredgecolor="white")
+    powers_of_two(panel)
+    panel.set_ylim(-0.02, 1.02)
+    name_axes(panel, "loops", "accuracy", escape(run))
+    add_legend(figure, panel)
+    return figure
+
+
 def draw_trained_range(panel: Axes, data: Arrays, name: str, color: str) -> None:
     """Draw a wide pale line behind a curve of the sweep where training's loops lie."""
     least, most = data["trained"].min(), data["trained"].max()

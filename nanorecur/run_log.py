@@ -61,8 +61,13 @@ class RunLog:
         self.write(entry, text + f"time {clock(entry['elapsed'])}, left {clock(left)}")
 
     def evaluation(self, entry: dict, counts: tuple) -> None:
-        """Log an evaluation. entry: iter, eval, objective, watch; counts: the model's loops."""
+        """Log an evaluation. entry: iter, what Evaluation.run returns, watch.
+
+        counts: the model's loops.
+        """
         lines = ["", f"step {entry['iter']}", evaluation.table(entry["eval"])]
+        if "levels" in entry:
+            lines += ["", evaluation.table_of_levels(entry["levels"])]
         if entry["objective"]:
             lines.append(f"besides, on val: {in_words(entry['objective'])}")
         if entry["iter"]:  # before training all states agree

@@ -646,6 +646,26 @@ def test_with_a_static_cache_every_token_reads_equally_many_cells(monkeypatch):
     assert len(n_cells) > 1
 
 
+def test_cells_read_in_steps_of_several_change_no_token(monkeypatch):
+    """As on a GPU, where attention has a plan for every length."""
+    model, idx, seen, begin = unlike(), few_ids(4, 12), set(), CacheView.__init__
+
+    def begin_rounded(view, cache, *arguments):
+        cache.rounding = 5
+        begin(view, cache, *arguments)
+        if view.length:
+            seen.add(view.end)
+
+    drafts = dict(draft_tokens=3, draft_loops=1)
+    for options in ({}, dict(slots="mod", n_slot=2), drafts):
+        plain, _ = greedy(model, idx, 20, lengths=RAGGED, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(CacheView, "__init__", begin_rounded)
+            rounded, _ = greedy(model, idx, 20, lengths=RAGGED, **options)
+        assert torch.equal(plain, rounded)
+    assert all(end % 5 == 0 or end == 16 for end in seen)
+
+
 # -----------------------------------------------------------------------------
 # what is refused
 

@@ -360,3 +360,20 @@ def test_spectra_are_clipped_where_they_are_above_beta():
     np.testing.assert_allclose(clipped, now.clip(max=0.9), rtol=0.01)
     before = torch.linalg.svdvals(earlier.transformer.h[2].mlp.c_fc.weight.detach())
     np.testing.assert_allclose(data["mlp.c_fc:2:before"], before, rtol=1e-5)
+
+
+def test_level_curves_are_those_of_the_last_evaluation_of_levels():
+    def row(split, level, loops, accuracy):
+        own = loops == level
+        return dict(split=split, level=level, loops=loops, accuracy=accuracy, own=own)
+
+    first = [row("val", 1, 1, 0.1)]
+    last = [row("val", 1, 1, 0.9), row("val", 1, 4, 0.8), row("hard", 3, 3, 0.7)]
+    data = measure.level_curves([{"iter": 0, "levels": first}, {"loss": 1}, {"levels": last}])
+    assert data["levels"].tolist() == [1, 3]
+    assert data["loops"].tolist() == [1, 3, 4]
+    nan = float("nan")
+    np.testing.assert_array_equal(data["accuracy"], [[0.9, nan, 0.8], [nan, 0.7, nan]])
+    assert data["own"].tolist() == [1, 3]
+    assert data["beyond"].tolist() == [False, True]
+    assert measure.level_curves([{"iter": 0, "loss": 1.0}]) == {}

@@ -23,7 +23,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 # configs
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "config").glob("*.py"))
-VOCABULARIES = {"shakespeare_char": 65, "pycode": 256}  # others have GPT-2's
+VOCABULARIES = {"shakespeare_char": 65, "pycode": 256, "phop": 6}  # others have GPT-2's
 
 
 def head_of(path):
@@ -148,8 +148,12 @@ def test_each_command_of_a_docstring_has_options_of_its_own_script_alone(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS)
-def test_options_in_the_head_of_a_config_are_train_pys_or_torchruns(path):
-    assert named_options(head_of(path)) <= options_of("train.py") | options_of_torchrun()
+def test_options_in_the_head_of_a_config_are_of_the_scripts_that_it_names(path):
+    head = head_of(path)
+    known = options_of("train.py") | options_of_torchrun()
+    for script in re.findall(r"data/\w+/prepare\.py", head):
+        known |= options_of(script)
+    assert named_options(head) <= known
 
 
 def sections(text):
