@@ -53,7 +53,15 @@ from model import GPT, GPTConfig, sample_loops
 from nanorecur import estimate, hardware, optim
 from nanorecur.dataset import load_meta, open_split
 from nanorecur.exit_rules import exit_evaluation, make_exit
-from nanorecur.hardware import DTYPES, Gpu, autocast, compile_works, pack, pick_device, pick_dtype
+from nanorecur.hardware import (
+    DTYPES,
+    Gpu,
+    autocast,
+    compile_works,
+    lay_out,
+    pick_device,
+    pick_dtype,
+)
 from nanorecur.objectives import Objective
 from nanorecur.options import check_options, pad_vocab
 from nanorecur.parallel import Processes
@@ -75,6 +83,7 @@ looped = ""  # folder of a trained looped model, to measure exit and speculation
 batch_sizes = 1, 16  # rows that are continued at once
 prompt_tokens = 128  # tokens of each prompt
 new_tokens = 128  # tokens by which each prompt is continued
+cpu_weights = "auto"  # their order on a CPU: packed, plain, transposed; auto: the fastest here
 exit_thresholds = 0.05, 0.1, 0.15  # relative changes of the state at which a token stops looping
 drafts = (2, 3), (3, 4), (4, 6)  # speculation: pairs of draft_loops and draft_tokens
 # plan
@@ -93,7 +102,7 @@ READ = {
     "train": TRAIN | {"loops"},
     "train --peer": TRAIN | {"peer", "peak_memory", "write_to", "dtypes"},
     "decode": {"rounds", "threads", "peer", "write_to", "dtypes", "batch_sizes", "prompt_tokens"}
-    | {"new_tokens"},
+    | {"new_tokens", "cpu_weights"},
     "plan": {"gpu", "n_gpus", "efficiency", "link_gbps", "network_gbps", "threads"},
 }
 READ["decode --looped"] = READ["decode"] | {"looped", "loops", "exit_thresholds", "drafts"}
@@ -108,6 +117,7 @@ progress = hardware.Progress()
 # -----------------------------------------------------------------------------
 # check what was asked for; a process that measures memory runs this file up to main too
 with clear_errors():
+    hardware.check_versions()
     for name in sorted(given & OWN - READ[mode]):
         readers = " or ".join(other for other in READ if name in READ[other])
         require(name, config[name], False, f"left out of {mode}: it belongs to {readers}")
@@ -601,8 +611,15 @@ def greedy(model: GPT, dtype: torch.dtype, static: bool, idx: Tensor, count: int
         generate(model, idx, count, temperature=0, static=static)
 
 
+def lay_out_weights(model: GPT, number_type: torch.dtype) -> None:
+    """Lay out a model's weights on a CPU to decode batch_sizes[0] rows, and say on stderr how."""
+    if device.type == "cpu":
+        layout = lay_out(model, number_type, cpu_weights, batch_sizes[0])
+        print(f"  {layout} weights in {number_type}", file=sys.stderr)
+
+
 def own_decoders() -> dict[str, TimedDecoder]:
-    """Return our decoders of both shapes, in both number types, packed on a CPU, compiled."""
+    """Return our decoders of both shapes, in both number types, compiled."""
     on_cpu, found = device.type == "cpu", {}
     torch.manual_seed(0)
     for shape_name, shape in decoded_shapes().items():
@@ -610,8 +627,7 @@ def own_decoders() -> dict[str, TimedDecoder]:
         n_read = weights_read(fresh)
         for dtype_name in dtypes.split(","):
             ready, number_type = copy.deepcopy(fresh), DTYPES[dtype_name]
-            if on_cpu:
-                pack(ready, number_type)
+            lay_out_weights(ready, number_type)
             name = f"{shape_name}, {dtype_name}"
             n_bytes = n_read * number_type.itemsize
             found[name] = TimedDecoder(partial(greedy, ready, number_type, False), n_bytes)
@@ -621,7 +637,7 @@ def own_decoders() -> dict[str, TimedDecoder]:
                 found[f"{name}, compiled"] = TimedDecoder(compiled, n_bytes)
         if on_cpu and not shape.groups and "float32" in dtypes.split(","):
             run = partial(greedy, fresh, torch.float32, False)
-            found[f"{shape_name}, float32, weights not packed"] = TimedDecoder(run, 4 * n_read)
+            found[f"{shape_name}, float32, plain weights"] = TimedDecoder(run, 4 * n_read)
     return found
 
 
@@ -796,8 +812,7 @@ def open_looped() -> LoopedRun:
 def looped_tables(run: LoopedRun) -> tuple[str, str]:
     """Return a table on early exit and one on speculation, at each of the loop counts."""
     model, _, x, y = run
-    if device.type == "cpu":
-        pack(model)
+    lay_out_weights(model, torch.float32)
     exits, drafted = [], []
     for n in run.depths:
         exits += exit_rows(n, model, x, y)

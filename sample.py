@@ -23,7 +23,14 @@ from decode import generate
 from nanorecur import checkpoint
 from nanorecur.exit_rules import make_exit
 from nanorecur.files import runs_here
-from nanorecur.hardware import autocast, compile_works, pack, pick_device, pick_dtype
+from nanorecur.hardware import (
+    autocast,
+    check_versions,
+    compile_works,
+    lay_out,
+    pick_device,
+    pick_dtype,
+)
 from nanorecur.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -53,6 +60,7 @@ draft_loops = 0  # loops that draft; 0: the model's heads further ahead draft
 compile = False  # compile decoding, once for all loop counts; takes a minute at first
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 dtype = "auto"  # float32, or bfloat16 for matrix products; auto: bfloat16 on a GPU that has it
+cpu_weights = "auto"  # their order on a CPU: packed, plain, transposed; auto: the fastest here
 # rarely
 top_p = 0.0  # draw from the fewest tokens that together have this probability; 0: from all
 min_p = 0.0  # draw from tokens with this share of the likeliest's probability; 0: from all
@@ -145,7 +153,7 @@ def sample(prompt: list[int], count: int, shown: str = "") -> tuple[list[Sample]
     def watch(row: int, token: int, loops: int) -> bool:
         return samples[row].add(token, loops)
 
-    with clear_errors(), autocast(device, torch.float32 if packed else dtype):
+    with clear_errors(), autocast(device, dtype):
         _, stats = generate(
             model,
             idx,
@@ -207,6 +215,7 @@ with clear_errors():
     limits = {"num_samples": 1, "max_new_tokens": 0, "top_k": 0, "n_loop": 0}
     check_ranges(globals(), {name: (least, torch.inf) for name, least in limits.items()})
     check_effects()
+    check_versions()
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     start = read_text(start)
@@ -235,7 +244,13 @@ with clear_errors():
 if device.type == "cuda":
     torch.set_float32_matmul_precision("high")  # TF32
 compile = compile and compile_works(device)
-packed = device.type == "cpu" and not compile and pack(model, dtype)
+on_cpu, layout = device.type == "cpu" and not compile, ""
+with clear_errors():
+    acts = on_cpu or "cpu_weights" not in given
+    require("cpu_weights", cpu_weights, acts, "left out on a GPU and with --compile")
+    if on_cpu:
+        layout = lay_out(model, dtype, cpu_weights, 1 if chat else num_samples)
+        dtype = torch.float32  # of what is not a Linear layer
 generator = torch.Generator(device).manual_seed(seed)
 
 if color:
@@ -263,7 +278,8 @@ for one in samples:
     one.close()
     print("\n---------------")
 cache_bytes = f"{stats['cache_bytes_per_token']:,} bytes of cache per token"
-print(f"loops per token {stats['loops']}, {cache_bytes}", file=sys.stderr)
+chosen = f", weights {layout} (cpu_weights)" if layout else ""
+print(f"loops per token {stats['loops']}, {cache_bytes}{chosen}", file=sys.stderr)
 if rule:
     used = torch.tensor([loops for one in samples for loops in one.loops], dtype=torch.float)
     print(f"loops used {used.mean():.2f} of {deepest}", file=sys.stderr)

@@ -138,6 +138,7 @@ resume = init_from == "resume" or (init_from == "auto" and has_checkpoint)
 fresh = init_from in ("scratch", "auto") and not resume
 ckpt, changed = {}, {}
 with clear_errors():
+    hardware.check_versions()
     if resume:  # options that were not given are those of the checkpoint
         ckpt = checkpoint.load(out_dir)
         config, changed = resuming.continued(config, given, ckpt)

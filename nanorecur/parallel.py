@@ -48,11 +48,13 @@ class Processes:
         if self.distributed:
             on_gpu = backend == "nccl" or (backend == "auto" and device.type == "cuda")
             waits = timedelta(seconds=timeout)
-            # torchrun's store outlives a restart and then still has the addresses of dead
-            # processes, for which the living would wait: a prefix per restart hides them
             self.store, *_ = next(rendezvous("env://", timeout=waits))
-            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self.store = dist.PrefixStore("restart" + restart, self.store)
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # torchrun's own store outlives a restart and then still has the addresses of dead
+                # processes, for which the living would wait: a prefix per restart hides them.
+                # Agents of several hosts count restarts differently; docs/machines.md
+                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                self.store = dist.PrefixStore("restart" + restart, self.store)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",  # gloo beside NCCL waits for no GPU
                 timeout=waits,

@@ -189,13 +189,15 @@ def device_name(device: torch.device) -> str:
 
 
 def check_wandb(config: dict) -> None:
-    """Raise ValueError where wandb would ask for a key. config: train.py's options."""
-    if not config["wandb_log"] or config["wandb_mode"] != "online":
+    """Raise ValueError where wandb is missing or asks for a key. config: train.py's options."""
+    if not config["wandb_log"]:
         return
-    if os.environ.get("WANDB_MODE", "online") != "online":
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("wandb_log=True: wandb is not installed; pip install wandb") from None
+    if "online" != config["wandb_mode"] or os.environ.get("WANDB_MODE", "online") != "online":
         return
-    import wandb
-
     try:
         logged_in = wandb.login(prompt=False)
     except TypeError:  # an older wandb

@@ -77,6 +77,7 @@ def test_compiled_stages_compute_the_same_and_no_loop_count_recompiles(options, 
     assert graphs() == before
 
 
+@pytest.mark.slow
 def test_evaluations_and_rows_of_their_own_depth_end_with_a_bounded_number_of_graphs():
     ours, theirs = compiled_beside_eager(bptt_k=2)
     idx, seen = tokens(4, 16), []

@@ -80,6 +80,7 @@ def test_the_baseline_is_evaluated_without_loops(corpus, tmp_path):
     assert [row["loops"] for row in last_rows(tmp_path / "out")] == [[], []]
 
 
+@pytest.mark.slow
 def test_sliding_evaluation_scores_each_token_once_with_most_of_a_window_before_it(
     plain_run, corpus
 ):

@@ -1,6 +1,7 @@
 """Runs of several processes, by DDP and divided by FSDP2: the numbers and files of one process."""
 
 import inspect
+import socket
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from conftest import (
     torchrun,
     train,
 )
-from forked import end, start_two, tail
+from forked import end, start, start_two, tail
 
 from nanorecur import checkpoint
 from nanorecur.parallel import Processes, buffers_option
@@ -138,6 +139,21 @@ def test_torchruns_processes_are_one(corpus, tmp_path):
     assert_logs_alike(tmp_path / "two", tmp_path / "one", 1e-6)
 
 
+def test_processes_meet_whose_hosts_count_restarts_differently(corpus, tmp_path):
+    """Two hosts' torchruns, of which one was started anew; each process opens a store afresh."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group, printed = [], tmp_path / "printed"
+    for rank in ("0", "1"):
+        environment = dict(RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2")
+        environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        environment |= dict(TORCHELASTIC_USE_AGENT_STORE="False", TORCHELASTIC_RESTART_COUNT=rank)
+        call = (f"--dataset={corpus}", f"--out_dir={tmp_path / 'out'}", *TRAIN, "--patience=20")
+        group.append(start(printed, *call, **environment))
+    assert end(group, within=60) == [0, 0], tail(printed)
+
+
 # -----------------------------------------------------------------------------
 # divided by FSDP2
 
@@ -210,12 +226,15 @@ COUNTING_SCRIPT = """
 import runpy, sys
 import torch.distributed as dist
 sys.path.insert(0, {root!r})
-original = dist.reduce_scatter_single
+name = "reduce_scatter_single"  # since torch 2.13
+if not hasattr(dist, name):
+    name = "reduce_scatter_tensor"
+original = getattr(dist, name)
 def counted(*arguments, **options):
     if dist.get_rank() == 0:
         print("called", file=open({calls!r}, "a"))
     return original(*arguments, **options)
-dist.reduce_scatter_single = counted
+setattr(dist, name, counted)
 runpy.run_path("train.py", run_name="__main__")
 """
 

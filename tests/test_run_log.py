@@ -167,3 +167,6 @@ def test_without_a_login_wandb_is_refused_in_words(monkeypatch):
     check_wandb({**config, "wandb_log": False})
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(logged_in=True))
     check_wandb(config)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import fails
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        check_wandb(config)

@@ -505,7 +505,7 @@ WRONG = {
     "--predict_ahead --max_shift=17": "max_shift=17: must be at most block_size=16",
     "--exit_rule=kl": "exit_rule=kl: has no effect, automatic_loop_exit=False",
     "--use_model_baseline --exit_gate=state --objective=exit_gate": "objective='exit_gate': must",
-    "--wandb_log": "wandb_log=True: not logged in; wandb login, or --wandb_mode=offline",
+    "--wandb_log": "wandb_log=True: ",
     "--backend=mpi": "backend",
     "--loop_warmup=cosine": "loop_warmup",
     "--eval_stride=17": "eval_stride=17",
