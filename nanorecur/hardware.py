@@ -356,14 +356,6 @@ def lay_out(model: nn.Module, dtype: torch.dtype, layout: str = "auto", rows: in
     return layout
 
 
-def pack(model: nn.Module, dtype: torch.dtype = torch.float32) -> bool:
-    """Let Linear layers read packed weights; return False where this torch has none in dtype."""
-    if "packed" not in usable_layouts(dtype):
-        return False
-    lay_out(model, dtype, "packed")
-    return True
-
-
 def usable_layouts(dtype: torch.dtype) -> tuple[str, ...]:
     """Return the layouts that this torch has for dtype: packed ones are oneDNN's."""
     packs = torch.backends.mkldnn.is_available()

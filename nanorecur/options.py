@@ -9,6 +9,8 @@ runs. A schedule that makes no sense is warned of: short trials of long configs 
 from math import inf
 from pathlib import Path
 
+import torch
+
 from configurator import check_ranges, read_knobs, require, show
 from model import GPT, LOOP_OFF, GPTConfig
 from nanorecur.exit_rules import make_exit
@@ -118,6 +120,13 @@ def check_processes(config: dict, processes: Processes) -> None:
     n, micro_steps = processes.world_size, config["gradient_accumulation_steps"]
     allowed = f"a multiple of the {n} processes"
     require("gradient_accumulation_steps", micro_steps, micro_steps % n == 0, allowed)
+    has_cuda = torch.cuda.is_available()
+    if config["backend"] == "nccl":
+        require("backend", "nccl", has_cuda, "auto or gloo where there is no CUDA GPU")
+    if processes.distributed and has_cuda and config["device"] in ("auto", "cuda"):
+        n_gpus = torch.cuda.device_count()
+        allowed = f"at most {n_gpus}, the GPUs here; --device=cpu uses none"
+        require("nproc_per_node", processes.local_rank + 1, processes.local_rank < n_gpus, allowed)
     if config["shard"]:
         require("shard", True, n > 1, "False in one process: torchrun starts those that share")
         beta = config["spectral_clip_beta"]

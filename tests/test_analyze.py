@@ -449,6 +449,7 @@ def test_the_page_says_how_a_run_came_to_be(trained, tmp_path):
     assert "plain, started 2 times: train.py &lt;x&gt;" in text
 
 
+@pytest.mark.slow
 def test_a_page_of_many_runs_has_a_short_title(trained, tmp_path):
     sources = []
     for number in range(3):
@@ -483,6 +484,7 @@ def test_other_peoples_weights_without_a_log_or_data(tmp_path):
         assert reason in text
 
 
+@pytest.mark.slow
 def test_a_folded_model_whose_loop_does_nothing_yet(tmp_path):
     """Nothing moves from loop to loop: the measures are 0, and there is no loss to measure."""
     pretrained.export(build(n_layer=3, vocab_size=256), tmp_path / "plain", {"tokenizer": "bytes"})

@@ -619,6 +619,7 @@ def test_one_compilation_serves_every_loop_count_and_slot():
     assert len(set(graphs)) == 1, graphs
 
 
+@pytest.mark.slow
 def test_a_static_cache_decodes_the_same_without_compilation(monkeypatch):
     monkeypatch.setattr("decode.compiled_loop", lambda: one_loop)
     model, idx = unlike(), few_ids(4, 12)

@@ -33,6 +33,7 @@ from nanorecur.hardware import autocast, peak_flops
 from nanorecur.optim import SpectralClip
 from nanorecur.tokenizer import make_tokenizer
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 EXACT, NEAR = 2e-6, 2e-3  # relative, in float32 and in bfloat16
 SHORT = """
@@ -897,7 +898,6 @@ TWO = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", TWO)
 def test_every_figure_of_two_processes(text, tmp_path, case):
     folder, printed = tmp_path / "out", tmp_path / "printed"

@@ -65,7 +65,7 @@ MODELS = {
     "noise": dict(state_init="noise", loop_noise_scale=1.0),
     "shifted labels": dict(predict_ahead=True),
     "heads further ahead": dict(n_ahead=3),
-    "softcap": dict(logit_softcap=15.0),
+    "softcap": dict(logit_softcap=1.0),
     "wide": WIDE,
     "wide, grouped": dict(**WIDE, **ROPE, n_kv_head=1),
     "wide, latent": dict(**WIDE, **MLA),
@@ -79,7 +79,7 @@ KINDS = {name: (shape, {}) for name, shape in MODELS.items()} | {
     "confidence": (GATE, dict(name="confidence")),
     "entry and exit": (dict(loop_entry="rmsnorm", loop_exit="final_norm"), {}),
     "chunks": ({}, dict(chunk=7)),
-    "chunks, softcap": (dict(logit_softcap=15.0), dict(chunk=7)),
+    "chunks, softcap": (dict(logit_softcap=1.0), dict(chunk=7)),
     "chunks, deep": ({}, dict(name="deep", chunk=7)),
 }
 

@@ -51,7 +51,8 @@ def test_a_number_below_its_range_is_refused_and_its_least_value_taken(name):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_choice_is_one_of_its_names(name):
+def test_a_choice_is_one_of_its_names(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # for backend=nccl
     for value in CHOICES[name]:
         check(**{name: value})
     assert_named(name, "typo")
@@ -144,6 +145,21 @@ def test_an_option_without_effect_is_refused_if_typed_and_named_if_in_a_file(nam
     (warning,) = check_effects(config, {name}, ["config/x.py"], looped=False)
     assert warning.startswith(f"without effect: {name} (")
     assert check_effects(DEFAULTS, {name}, [f"--{name}"], looped=False) == []
+
+
+def test_more_processes_than_gpus_and_nccl_without_one_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_named("backend", "nccl")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    processes = Processes()
+    processes.world_size, processes.distributed = 8, True
+    for processes.local_rank in (0, 1):
+        check_options(DEFAULTS, processes)
+    processes.local_rank = 2
+    with pytest.raises(ValueError, match="nproc_per_node=3: must be at most 2"):
+        check_options(DEFAULTS, processes)
+    check_options({**DEFAULTS, "device": "cpu"}, processes)
 
 
 def test_the_baseline_of_a_looped_config_is_silent_on_loops():

@@ -63,6 +63,7 @@ def test_torchruns_environment_says_which_process_this_is(monkeypatch):
     assert not processes.is_first
 
 
+@pytest.mark.slow
 def test_ddp_averages_gradients_once_per_step_and_changes_no_bit(corpus, tmp_path, monkeypatch):
     """One process under DDP, of two micro-steps in each of eight steps."""
     calls = []
@@ -139,6 +140,7 @@ def test_torchruns_processes_are_one(corpus, tmp_path):
     assert_logs_alike(tmp_path / "two", tmp_path / "one", 1e-6)
 
 
+@pytest.mark.slow
 def test_processes_meet_whose_hosts_count_restarts_differently(corpus, tmp_path):
     """Two hosts' torchruns, of which one was started anew; each process opens a store afresh."""
     with socket.socket() as probe:
@@ -206,6 +208,7 @@ def test_a_divided_run_is_the_undivided_one_and_they_go_on_as_each_other(corpus,
     assert_divided_is_alike(second, undivided, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_divided_run_is_the_undivided_one(corpus, tmp_path):
     assert train(corpus, tmp_path / "undivided", FOUR).code == 0
     two_processes(corpus, tmp_path / "divided", FOUR, "--shard")

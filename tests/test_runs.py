@@ -270,6 +270,7 @@ def test_match_finds_the_steps_that_spend_the_flops(pair):
     assert command[:3] == ["python", "train.py", pair[1]] and OPTIONS[0] in command
 
 
+@pytest.mark.slow
 def test_match_finds_the_layers_that_spend_the_flops(pair):
     run = runs("match", *pair, *OPTIONS, "--by=n_layer")
     target = 300 * 8 * flops(n_block=2, n_loop=4) / (200 * 12)
@@ -362,6 +363,7 @@ def table_of(run):
     return json.loads(run.out[run.out.index("[\n") :])
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_the_grid_and_leaves_finished_runs_alone(corpus, tmp_path, in_this_process):
     grid = ("--seed=1", "--seed=2", "--n_embd=8", "--n_embd=16")
     run = sweep(corpus, tmp_path, *grid)
@@ -398,6 +400,7 @@ def test_a_failed_run_is_named_with_its_error_and_the_others_go_on(
     assert [row["run"] for row in table_of(run)] == [str(tmp_path / "n_head=8")]
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_of_other_options_is_refused(corpus, tmp_path, in_this_process):
     assert sweep(corpus, tmp_path).code == 0
     assert sweep(corpus, tmp_path, "--log_interval=2", "--keep_last=3").code == 0
@@ -406,6 +409,7 @@ def test_a_folder_with_a_run_of_other_options_is_refused(corpus, tmp_path, in_th
     assert len(in_this_process) == 1
 
 
+@pytest.mark.slow
 def test_a_run_begun_with_other_weights_goes_on_with_its_own(corpus, tmp_path, in_this_process):
     source, out = tmp_path / "source", tmp_path / "out"
     assert train(corpus, source, "--max_iters=2").code == 0
@@ -426,6 +430,7 @@ def test_a_run_whose_last_checkpoint_is_not_whole_goes_on(corpus, tmp_path, in_t
     assert len(in_this_process) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_saves_its_best_alone_is_finished_without_a_last_checkpoint(
     corpus, tmp_path, in_this_process
 ):
