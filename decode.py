@@ -14,6 +14,7 @@ Shapes: B rows of the batch, R rows of a pass, T new tokens, S cells, C channels
 
 import copy
 import functools
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -308,12 +309,15 @@ def one_loop(loop: Loop, s: Tensor, e: Tensor, i: Tensor, ctx: Context) -> Tenso
 
 
 @functools.cache
-def compiled_loop() -> Callable:
-    """Return one_loop compiled: a graph for all blocks, slots and loops, per shape of its input.
+def compiled_loop(n_blocks: int) -> Callable:
+    """Return one_loop compiled: a graph for all slots and loops, per shape of its input.
 
-    On a GPU it is replayed as a CUDA graph.
+    On a GPU it is replayed as a CUDA graph. n_blocks: of the loops that it is called with; dynamo
+    keeps graphs by code object, and fails where loops of different lengths share one.
     """
-    return torch.compile(one_loop, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    code = one_loop.__code__.replace(co_name=f"loop_of_{n_blocks}")
+    function = types.FunctionType(code, globals())
+    return torch.compile(function, fullgraph=True, dynamic=False, mode="reduce-overhead")
 
 
 class Decoder:
@@ -387,12 +391,13 @@ class Decoder:
     def run_loops(self, loops: range, s: Tensor, e: Tensor, ctx: Context, number=None) -> Tensor:
         """Return the state after these loops of a stage, by default of the last looped one."""
         number = self.split if number is None else number
+        loop = self.stages[number].loop
         compiled = tuple(s.shape[:2]) in self.shapes
-        step = compiled_loop() if compiled else one_loop
+        step = compiled_loop(len(loop.blocks)) if compiled else one_loop
         for i in loops:
             slots = self.cache.stages[number].of_loop(i)
             step_ctx = ctx._replace(cache=ctx.cache.with_slots(slots))
-            s = step(self.stages[number].loop, s, e, self.index[i], step_ctx)
+            s = step(loop, s, e, self.index[i], step_ctx)
         return s
 
     def prefill(self, idx: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:

@@ -133,12 +133,12 @@ config, given = configure(globals(), ("model.py", "GPTConfig"))
 # check everything that was asked for, before anything is written
 processes = ShardedProcesses() if shard else Processes()
 rank, world_size = processes.rank, processes.world_size
-has_checkpoint = checkpoint.exists(out_dir)
-resume = init_from == "resume" or (init_from == "auto" and has_checkpoint)
-fresh = init_from in ("scratch", "auto") and not resume
 ckpt, changed = {}, {}
 with clear_errors():
     hardware.check_versions()
+    has_checkpoint = checkpoint.exists(out_dir)
+    resume = init_from == "resume" or (init_from == "auto" and has_checkpoint)
+    fresh = init_from in ("scratch", "auto") and not resume
     if resume:  # options that were not given are those of the checkpoint
         ckpt = checkpoint.load(out_dir)
         config, changed = resuming.continued(config, given, ckpt)

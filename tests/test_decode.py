@@ -621,7 +621,7 @@ def test_one_compilation_serves_every_loop_count_and_slot():
 
 @pytest.mark.slow
 def test_a_static_cache_decodes_the_same_without_compilation(monkeypatch):
-    monkeypatch.setattr("decode.compiled_loop", lambda: one_loop)
+    monkeypatch.setattr("decode.compiled_loop", lambda n_blocks: one_loop)
     model, idx = unlike(), few_ids(4, 12)
     drafts = dict(draft_tokens=3, draft_loops=1)
     for options in ({}, dict(slots="mod", n_slot=2), drafts):
@@ -631,7 +631,7 @@ def test_a_static_cache_decodes_the_same_without_compilation(monkeypatch):
 
 
 def test_with_a_static_cache_every_token_reads_equally_many_cells(monkeypatch):
-    monkeypatch.setattr("decode.compiled_loop", lambda: one_loop)
+    monkeypatch.setattr("decode.compiled_loop", lambda n_blocks: one_loop)
     n_cells, extend = set(), CacheView.extend
 
     def record(cache_pass, *new):
