@@ -285,7 +285,7 @@ def measured_flops(dtype: torch.dtype, threads: int) -> float:
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given, so that a clock tells the truth."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
