@@ -40,7 +40,7 @@ from configurator import check_ranges, clear_errors, configure, read_knobs, requ
 from decode import Cache, generate
 from model import GPT
 from nanorecur import checkpoint, run_table
-from nanorecur.dataset import load_meta
+from nanorecur.dataset import load_meta, window_of
 from nanorecur.files import sha256, write_atomically
 from nanorecur.hardware import pick_device
 from nanorecur.options import pad_vocab
@@ -395,13 +395,15 @@ def planned_config(path: str) -> dict:
     config, given = read_config([path, *training_options])
     warmup = config["loop_warmup_iters"]
     require("loop_warmup_iters", warmup, warmup == 0, "0: every step is counted at full depth")
+    pair = config["loops_of_level"]
+    require("loops_of_level", pair, not pair, "(): the levels of the steps are not known yet")
     require("max_iters", config["max_iters"], config["max_iters"] > 0, "at least 1")
     if "vocab_size" in given or config["stream"]:
         return config
     meta = load_meta(ROOT / "data" / config["dataset"])
     config["vocab_size"] = pad_vocab(meta["vocab_size"])
     if "row" in meta and "block_size" not in given:
-        config["block_size"] = meta["row"]["length"] - 1
+        config["block_size"] = window_of(meta["row"])
     return config
 
 

@@ -307,22 +307,26 @@ def get_tokens(it: int, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
     return splits["train"].windows(curriculum.starts(it, first + np.arange(batch_size)))
 
 
-def get_batches(it: int, loops: list[tuple]) -> tuple[list[tuple], int]:
-    """Return (x, y, n_loop, shift) of each micro-step of this process in step it, and targets."""
+def get_batches(it: int, loops: list[tuple]) -> tuple[list[tuple], list[int]]:
+    """Return (x, y, n_loop, shift) of each micro-step of this process in step it, and counts.
+
+    The counts are of targets and of tokens, on the CPU: nothing has to wait for the device.
+    """
     generator = torch.Generator().manual_seed(random_key(seed, "shift", it))
     shifts = sample_shifts(raw_model.config, generator, rows_per_iter)
-    batches, n_targets = [], 0
+    batches, counts = [], [0, 0]
     for micro_step in range(micro_steps):
         first = (micro_step * world_size + rank) * batch_size
         rows = slice(first, first + batch_size)  # of the global batch
         n_loop = tuple(torch.tensor(loops[rows]).unbind(1)) if loops_per_row else loops[0]
         shift = shifts[rows] if raw_model.config.predict_ahead else 1
         x, y = get_tokens(it, micro_step)
-        n_targets += (shift_labels(torch.from_numpy(y), shift) >= 0).sum().item()  # on the CPU
+        counts[0] += (shift_labels(torch.from_numpy(y), shift) >= 0).sum().item()
+        counts[1] += x.size
         shift = shift.to(device) if raw_model.config.predict_ahead else 1
         x, y = evaluation.to_device(x, device), evaluation.to_device(y, device)
         batches.append((x, y, n_loop, shift))
-    return batches, n_targets
+    return batches, counts
 
 
 # -----------------------------------------------------------------------------
@@ -385,8 +389,8 @@ while True:
     # one step: the gradient of the global batch, in micro-steps
     torch.manual_seed(random_key(seed, iter_num, rank))  # of dropout and noise
     loops = curriculum.loops(iter_num)
-    batches, n_targets = fetched or get_batches(iter_num, loops)
-    n_targets = processes.sum(torch.tensor(n_targets)).item()
+    batches, counts = fetched or get_batches(iter_num, loops)
+    n_targets, n_tokens = processes.sum(torch.tensor(counts)).tolist()
     totals = {}
     for micro_step, batch in enumerate(batches):
         # processes average their gradients once, or where copies in bfloat16 compute, each time
@@ -414,16 +418,15 @@ while True:
             sys.exit(words if processes.is_first else 1)
     optimizers.zero_grad()
 
-    spent["tokens"] += tokens_per_iter
-    spent["flops"] += sum(map(flops_per_token, loops)) / len(loops) * tokens_per_iter
+    spent["tokens"] += n_tokens
+    spent["flops"] += sum(map(flops_per_token, loops)) / len(loops) * n_tokens
     if at(log_interval):
         means = evaluation.means_of(totals, processes)  # waits for the device: the clock is true
         spent["elapsed"] = time.perf_counter() - start
         seconds = spent["elapsed"] - before["elapsed"]
-        seconds_per_step = seconds / (iter_num + 1 - before["iter"])
         entry = {"iter": iter_num, **means, "lr": learning_rate * get_lr(iter_num)}
-        entry["ms"] = 1e3 * seconds_per_step
-        entry["tokens_per_second"] = tokens_per_iter / seconds_per_step
+        entry["ms"] = 1e3 * seconds / (iter_num + 1 - before["iter"])
+        entry["tokens_per_second"] = (spent["tokens"] - before["tokens"]) / seconds
         flops = (spent["flops"] - before["flops"]) / seconds
         entry["mfu"] = flops / (peak * world_size) if peak else None
         entry["loops"] = sum(map(sum, loops)) / max(1, len(loops) * len(loops[0]))

@@ -236,6 +236,8 @@ def check(config: dict) -> None:
     processes = Processes()
     processes.world_size = config["n_gpus"]
     check_options(config, processes)
+    pair = config["loops_of_level"]
+    require("loops_of_level", pair, not pair, "(): a plan does not know the levels of the steps")
 
 
 def remedies(config: dict, n_loop: Loops, dtype: torch.dtype, on_gpu: bool) -> dict[str, float]:

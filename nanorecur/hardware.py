@@ -26,9 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configurator import require
+from model import GPT
 from nanorecur.files import write_atomically
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOST_TIMED = 2**27  # weights that are laid out in each way to time it, at most
 LAYOUTS = ("packed", "plain", "transposed")  # of weights for decoding on a CPU, see lay_out
 TORCH_VERSIONS = (2, 11), (2, 14)  # the oldest and the newest that were run
 PYTHON_VERSIONS = (3, 11), (3, 13)
@@ -337,7 +339,7 @@ def peak_memory(device: torch.device) -> int:
 
 # -----------------------------------------------------------------------------
 # weights laid out for decoding on a CPU
-def lay_out(model: nn.Module, dtype: torch.dtype, layout: str = "auto", rows: int = 1) -> str:
+def lay_out(model: GPT, dtype: torch.dtype, layout: str = "auto", rows: int = 1) -> str:
     """Let Linear layers on a CPU read weights in dtype and in a layout, to decode only.
 
     A few rows of tokens cost what reading the weights costs. How fast that is depends on their
@@ -348,12 +350,27 @@ def lay_out(model: nn.Module, dtype: torch.dtype, layout: str = "auto", rows: in
     """
     legal = usable_layouts(dtype)
     require("cpu_weights", layout, layout in ("auto", *legal), "one of auto, " + ", ".join(legal))
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
     if layout == "auto":
-        layout = fastest_layout(layers, dtype, rows)
-    for layer in layers:
+        layout = fastest_layout(layers_in_order(model), dtype, rows)
+    for layer in linear_layers(model):
         layer.forward = laid_out(layer, dtype, layout)
     return layout
+
+
+def linear_layers(module: nn.Module) -> list[nn.Linear]:
+    """Return the Linear layers in a module, but not those of a class of their own."""
+    return [part for part in module.modules() if type(part) is nn.Linear]
+
+
+def layers_in_order(model: GPT) -> list[nn.Linear]:
+    """Return the Linear layers that a token passes, the head first; looped ones come repeatedly."""
+    order = [model.lm_head]
+    for loop, n, _ in model.schedule():
+        once = linear_layers(loop.inject)
+        for block in loop.blocks:
+            once += linear_layers(block)
+        order += n * once
+    return order
 
 
 def usable_layouts(dtype: torch.dtype) -> tuple[str, ...]:
@@ -387,11 +404,14 @@ def plain_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
-def fastest_layout(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> str:
-    """Return the fastest layout of these layers' weights, timed once and kept in a cache folder."""
+def fastest_layout(order: list[nn.Linear], dtype: torch.dtype, rows: int) -> str:
+    """Return the fastest layout of weights, timed once and kept in a cache folder.
+
+    order: the layers that a token passes.
+    """
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "nanorecur")
     path = path / "decoding.json"
-    shapes = Counter(f"{layer.out_features}x{layer.in_features}" for layer in layers)
+    shapes = Counter(f"{layer.out_features}x{layer.in_features}" for layer in order)
     setting = [cpu_name(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"]
     setting += [str(dtype).removeprefix("torch."), f"{rows} rows"]
     key = ", ".join([*setting, *(f"{count} of {shape}" for shape, count in shapes.items())])
@@ -400,7 +420,7 @@ def fastest_layout(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> st
     except (OSError, ValueError, TypeError):  # there is none, or it is damaged: another one is made
         known = {}
     if known.get(key) not in usable_layouts(dtype):
-        seconds = time_layouts(layers, dtype, rows)
+        seconds = time_layouts(order, dtype, rows)
         known[key] = min(seconds, key=seconds.get)
         if not is_busy():  # what a busy machine chooses is for this time alone
             with contextlib.suppress(OSError):  # of a folder that cannot be written
@@ -409,29 +429,31 @@ def fastest_layout(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> st
     return known[key]
 
 
-def time_layouts(layers: list[nn.Linear], dtype: torch.dtype, rows: int) -> dict[str, float]:
-    """Return {layout: seconds of these layers' products}, from a layer of each shape.
+def time_layouts(order: list[nn.Linear], dtype: torch.dtype, rows: int) -> dict[str, float]:
+    """Return {layout: seconds of a token's products}. order: the layers that it passes.
 
-    Layouts and shapes take turns for 50 ms, at least five times, so that weights come from where
-    they come from in decoding, memory or cache, and a busy machine disturbs all alike.
+    Whole passes are timed, so that weights come from where they come from in decoding: the same
+    layer again and again would come from the cache. Of a large model a part is passed. Layouts
+    take turns, so that a busy machine disturbs all alike; the first turn only warms up.
     """
-    counts = Counter(layer.weight.shape for layer in layers)
-    products = {}
-    for shape, layer in {layer.weight.shape: layer for layer in layers}.items():
-        x = torch.ones(rows, 1, layer.in_features)
-        for layout in usable_layouts(dtype):
-            products[layout, shape] = functools.partial(laid_out(layer, dtype, layout), x)
-    times, start, rounds = defaultdict(list), time.perf_counter(), 0
-    while rounds < 5 or time.perf_counter() - start < 0.05:
-        for name, product in products.items():
+    order, n_values = list(order), 0
+    for number, layer in enumerate(dict.fromkeys(order)):
+        n_values += layer.weight.numel()
+        if number and n_values > MOST_TIMED:
+            order = order[: order.index(layer)]
+            break
+    inputs = {layer: torch.ones(rows, 1, layer.in_features) for layer in order}
+    times, start = defaultdict(list), time.perf_counter()
+    forwards = {}
+    for layout in usable_layouts(dtype):
+        forwards[layout] = {layer: laid_out(layer, dtype, layout) for layer in inputs}
+    while len(times["plain"]) < 5 or time.perf_counter() - start < 0.05:
+        for layout, forward in forwards.items():
             before = time.perf_counter()
-            product()
-            times[name].append(time.perf_counter() - before)
-        rounds += 1
-    seconds = defaultdict(float)
-    for (layout, shape), durations in times.items():
-        seconds[layout] += counts[shape] * statistics.median(durations)
-    return dict(seconds)
+            for layer in order:
+                forward[layer](inputs[layer])
+            times[layout].append(time.perf_counter() - before)
+    return {layout: statistics.median(durations[1:]) for layout, durations in times.items()}
 
 
 def is_busy() -> bool:

@@ -6,6 +6,7 @@ command line and named in a warning where a config file sets them, since one fil
 runs. A schedule that makes no sense is warned of: short trials of long configs are legal.
 """
 
+import functools
 from math import inf
 from pathlib import Path
 
@@ -192,14 +193,20 @@ def without_effect(config: dict, looped: bool) -> dict[str, str]:
     return reasons
 
 
+@functools.cache
+def defaults() -> dict:
+    """Return the default of every option of train.py and every field of GPTConfig."""
+    knobs = {**read_knobs(ROOT / "model.py", "GPTConfig"), **read_knobs(ROOT / "train.py")}
+    return {name: knob.value for name, knob in knobs.items()}
+
+
 def check_effects(config: dict, given: set[str], argv: list[str], looped: bool) -> list[str]:
     """Return warnings of options in config files without effect; ValueError for argv's.
 
     given: the options that were set. With use_model_baseline those of loops are no mistake.
     """
     reasons = without_effect(config, looped or config["use_model_baseline"])
-    knobs = {**read_knobs(ROOT / "model.py", "GPTConfig"), **read_knobs(ROOT / "train.py")}
-    idle = [name for name in reasons if name in given and config[name] != knobs[name].value]
+    idle = [name for name in reasons if name in given and config[name] != defaults()[name]]
     typed = {argument.removeprefix("--").split("=")[0] for argument in argv}
     for name in idle:
         if name in typed:

@@ -6,6 +6,7 @@ is taken from the checkpoint, and one that is given anew must be the same, or on
 """
 
 from configurator import freeze, require, show
+from nanorecur.options import defaults
 from nanorecur.parallel import Processes
 
 NOT_COMPARED = {"init_from", "out_dir", "eval_only"}
@@ -56,9 +57,9 @@ def continued(config: dict, given: set[str], ckpt: dict) -> tuple[dict, dict[str
     changed: {option: (value in the checkpoint, value asked for)}. Raises ValueError that names
     every option that may not change; with eval_only all may.
     """
-    before = {**ckpt.get("config", {}), **ckpt["model_args"]}
-    if "format" not in ckpt:  # nanoGPT's own options mean other things
-        before = ckpt["model_args"]
+    before = ckpt["model_args"]
+    if "format" in ckpt:  # nanoGPT's own options mean other things; an older run had the defaults
+        before = {**defaults(), **ckpt["config"], **ckpt["model_args"]}
     config, changed = dict(config), {}
     for name, old in before.items():
         if name not in config or name in NOT_COMPARED:

@@ -226,8 +226,9 @@ def training_flops(config: dict) -> float:
 def cost_cells(run: Run) -> dict:
     """Return parameters, FLOPs, tokens and seconds.
 
-    FLOPs and seconds are those that the log adds up; of steps behind its last such line they are
-    taken in proportion. A log without them leaves seconds empty, and FLOPs to be computed.
+    Tokens, FLOPs and seconds are those that the log adds up; of steps behind its last such line
+    they are taken in proportion. A log without them leaves seconds empty, and the others to be
+    computed. With loops_of_level FLOPs per token are the mean of the steps that were made.
     """
     objective = model_of(run.config)
     cells = {"parameters": objective.model.get_num_params()}
@@ -237,9 +238,13 @@ def cost_cells(run: Run) -> dict:
     cells["seconds"] = None
     totals = [entry for entry in run.log if entry.get("tokens") and "elapsed" in entry]
     if totals:
-        share = cells["tokens"] / totals[-1]["tokens"]
-        cells["flops"] = share * totals[-1]["flops"]
-        cells["seconds"] = share * totals[-1]["elapsed"]
+        last = totals[-1]
+        share = steps_done(run.log) / (last["iter"] + 1)
+        cells["tokens"] = round(share * last["tokens"])
+        cells["flops"] = share * last["flops"]
+        cells["seconds"] = share * last["elapsed"]
+        if run.config.get("loops_of_level"):
+            cells["flops_per_token"] = last["flops"] / last["tokens"]
     return cells
 
 

@@ -11,6 +11,7 @@ import signal
 import string
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # scripts keep what they timed there
 sys.path.insert(0, str(ROOT))
 settings.register_profile("busy", deadline=None)  # other work on the machine is no failure
 settings.load_profile("busy")
@@ -108,7 +110,7 @@ def prose(seed, count):
 def one_order_of_weights(request, monkeypatch):
     """Let decoding on this CPU not choose by the clock: another order rounds differently."""
     if request.module.__name__ != "test_hardware":
-        monkeypatch.setattr(hardware, "fastest_layout", lambda layers, dtype, rows: "plain")
+        monkeypatch.setattr(hardware, "fastest_layout", lambda order, dtype, rows: "plain")
 
 
 @pytest.fixture(scope="session")

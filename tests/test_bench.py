@@ -469,6 +469,7 @@ def test_a_wrong_option_is_named_in_one_line(options, words):
         ("decode --prompt_tokens=0", "prompt_tokens=0: must be at least 1"),
         ("plan --gpu=k80", "gpu='k80': must be cpu or one of b200, "),
         ("plan --gpu=rtx4090", "gpu='rtx4090': has no data sheet here, did you mean rtx-4090?"),
+        ("plan --loops_of_level=1,0", "loops_of_level=(1, 0): must be ()"),
         ("plan --n_gpus=3", "gradient_accumulation_steps=40: must be a multiple of the 3 "),
         ("plan --dtype=float16", "dtype='float16': must be auto, float32 or bfloat16"),
         (

@@ -183,6 +183,20 @@ def test_other_layouts_see_the_same_rows_and_loops(
     assert logged(tmp_path, "loops") == logged(run_by_level[0], "loops")
 
 
+def test_tokens_are_those_that_the_steps_computed(run_by_level, beside):
+    """Odd levels leave out the last column."""
+    curriculum = curriculum_of(beside, level_warmup_iters=4, loops_beyond=2)
+    curriculum.seed = 1337
+    widths = [LENGTH - curriculum.level(it) % 2 for it in range(8)]
+    assert set(widths) == {LENGTH, LENGTH - 1}
+    tokens = [sum(widths[: it + 1]) * 8 for it in range(8)]
+    assert logged(run_by_level[0], "tokens") == tokens
+    model = pretrained.load(run_by_level[0])
+    flops, loops = logged(run_by_level[0], "flops"), logged(run_by_level[0], "loops")
+    assert flops[0] == model.flops_per_token(int(loops[0])) * tokens[0]
+    assert flops[-1] - flops[-2] == model.flops_per_token(int(loops[-1])) * 8 * widths[-1]
+
+
 def test_levels_are_scored_at_their_own_loops_and_at_those_asked_for(run_by_level, beside):
     folder, run = run_by_level
     model, entries = pretrained.load(folder), log(folder)[-1]["levels"]

@@ -222,6 +222,29 @@ def test_shapes_count_as_often_as_the_model_has_them(monkeypatch):
     assert seconds["plain"] > 5 * 0.004 + 0.001
 
 
+def test_looped_layers_count_as_often_as_they_are_applied():
+    model = build(n_prelude=1, n_block=2, n_coda=0, n_loop=3)
+    first, *core = model.transformer.h
+    applied = [model.lm_head, *hardware.linear_layers(first)]
+    for block in 3 * core:
+        applied += hardware.linear_layers(block)
+    assert list(map(id, hardware.layers_in_order(model))) == list(map(id, applied))
+
+
+def test_of_a_large_model_a_part_is_timed(monkeypatch):
+    passed = []
+
+    def note(layer, dtype, layout):
+        return lambda x: passed.append(layer.out_features)
+
+    monkeypatch.setattr(hardware, "laid_out", note)
+    monkeypatch.setattr(hardware, "MOST_TIMED", 8 * (10 + 20))
+    layers = [torch.nn.Linear(8, n) for n in (10, 20, 30)]
+    hardware.time_layouts([layers[0], layers[1], layers[0], layers[2]], torch.float32, rows=1)
+    assert set(passed) == {10, 20}
+    assert passed.count(10) == 2 * passed.count(20)
+
+
 def test_a_layout_is_chosen_once_for_each_processor_type_and_number_of_rows(cache, monkeypatch):
     first = hardware.lay_out(build(), torch.float32)
     monkeypatch.setattr(hardware, "time_layouts", never)

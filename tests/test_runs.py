@@ -282,6 +282,8 @@ def test_match_refuses_what_it_cannot_count(pair):
     assert_refused(runs("match", *pair[::-1], *OPTIONS, "--by=n_layer"), "by='n_layer'")
     warmed = runs("match", *pair, *OPTIONS, "--loop_warmup_iters=5")
     assert_refused(warmed, "loop_warmup_iters=5: must be 0")
+    leveled = runs("match", *pair, *OPTIONS, "--loops_of_level=1,0")
+    assert_refused(leveled, "loops_of_level=(1, 0): must be ()")
     assert_refused(runs("match", pair[0]), "two config files, not 1")
     assert_refused(runs("match", *pair, "--n_embd=32", "--n_embd=64"), "n_embd='32, 64'")
     assert_refused(runs("match", *pair, *OPTIONS, "--by=n_embd"), "max_iters, n_layer")

@@ -277,6 +277,18 @@ def test_a_stream_of_other_tokens_is_another_run(corpus, tmp_path):
     assert_refused(run, "its train, val tokens are not those that the run began with")
 
 
+def test_an_option_that_an_older_checkpoint_does_not_know_had_its_default(corpus, tmp_path):
+    out = tmp_path / "out"
+    assert train(corpus, out, "--max_iters=4", "--optimizer=muon").code == 0
+    ckpt = checkpoint.load(out)
+    del ckpt["config"]["muon_row_norm"], ckpt["config"]["keep_every"]
+    checkpoint.save(out, ckpt)
+    run = train(corpus, out, "--init_from=auto", "--optimizer=muon", "--muon_row_norm")
+    assert_refused(run, "muon_row_norm: False in the checkpoint, True asked for")
+    run = train(corpus, out, "--init_from=auto", "--optimizer=muon", "--keep_every=2")
+    assert "keep_every: 0 in the checkpoint, 2 asked for" in run.out
+
+
 def test_the_same_batch_in_other_micro_steps_goes_on(corpus, tmp_path):
     out = tmp_path / "out"
     assert train(corpus, out, "--max_iters=4").code == 0
