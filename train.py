@@ -88,7 +88,7 @@ ahead_weight = 0.3  # weight of the losses of n_ahead's further heads, together
 # rarely: loops
 loops_per_row = False  # draw a loop count for each window instead of each step
 loop_warmup_iters = 0  # steps over which loop counts rise to their value; 0: off
-loops_of_level = ()  # a,b: a row of a task gets a * its level + b loops, a step rows of one level
+loops_of_level = ()  # 1,0: a task's row gets 1 x its level + 0 loops; steps have rows of one level
 loops_beyond = 0  # loops drawn on top of that for each step, from 0 to so many
 level_warmup_iters = 0  # steps over which the largest trained level rises to the last; 0: off
 loop_warmup = "linear"  # how they rise: linear, or sqrt: 1 - sqrt(1 - t) (arXiv 2511.07384)

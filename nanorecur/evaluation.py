@@ -254,7 +254,7 @@ class Evaluation:
 def score_batch(
     model: GPT, x: Tensor, y: Tensor, n_loop=None, shift: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return float32 (nats, right guesses, tokens), and which rows (B,) are right throughout.
+    """Return (nats, right guesses, tokens), and which rows (B,) are right throughout.
 
     x, y, n_loop and shift are those of GPT.forward. Both results are on its device.
     """
@@ -263,8 +263,9 @@ def score_batch(
     counted = y >= 0
     right = logits.argmax(-1) == y
     n_tokens = counted.sum()
-    nats = torch.where(n_tokens > 0, loss * n_tokens, 0.0)  # a batch may be padding alone
-    sums = torch.stack((nats, right.sum(), n_tokens)).float()
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no wider one
+    nats = torch.where(n_tokens > 0, loss.to(wide) * n_tokens, 0.0)  # a batch may be padding alone
+    sums = torch.stack((nats, right.sum().to(wide), n_tokens.to(wide)))
     return sums, (right | ~counted).all(1) & counted.any(1)
 
 
