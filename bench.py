@@ -57,6 +57,7 @@ from nanorecur.hardware import (
     DTYPES,
     Gpu,
     autocast,
+    cast_linear_weights,
     compile_works,
     lay_out,
     pick_device,
@@ -612,10 +613,12 @@ def greedy(model: GPT, dtype: torch.dtype, static: bool, idx: Tensor, count: int
 
 
 def lay_out_weights(model: GPT, number_type: torch.dtype) -> None:
-    """Lay out a model's weights on a CPU to decode batch_sizes[0] rows, and say on stderr how."""
+    """Prepare a model's weights to decode batch_sizes[0] rows, and say on stderr how on a CPU."""
     if device.type == "cpu":
         layout = lay_out(model, number_type, cpu_weights, batch_sizes[0])
         print(f"  {layout} weights in {number_type}", file=sys.stderr)
+    elif number_type != torch.float32:
+        cast_linear_weights(model, number_type)
 
 
 def own_decoders() -> dict[str, TimedDecoder]:
@@ -633,7 +636,8 @@ def own_decoders() -> dict[str, TimedDecoder]:
             found[name] = TimedDecoder(partial(greedy, ready, number_type, False), n_bytes)
             usual = torch.float32 if on_cpu else torch.bfloat16
             if config["compile"] and number_type == usual:
-                compiled = partial(greedy, fresh, number_type, True)
+                compiles = fresh if on_cpu else ready  # packed weights of a CPU do not
+                compiled = partial(greedy, compiles, number_type, True)
                 found[f"{name}, compiled"] = TimedDecoder(compiled, n_bytes)
         if on_cpu and not shape.groups and "float32" in dtypes.split(","):
             run = partial(greedy, fresh, torch.float32, False)

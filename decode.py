@@ -101,7 +101,7 @@ class Cache:
         config, weight = model.config, model.lm_head.weight
         like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
         self.offset = int(config.predict_ahead)  # cells of the token before the prompt
-        self.separator = config.document_separator
+        self.separator, self.window = config.document_separator, config.attention_window
         self.static = static
         # cells are read in steps of so many: cuDNN plans anew for every length (about 30 ms)
         self.rounding = 128 if like.device.type == "cuda" else 1
@@ -189,10 +189,12 @@ class CacheView:
     def positions_and_mask(self, x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return positions (R, T) and mask (R, 1, T, S) of new tokens, each in its document."""
         cache, cells = self.cache, self.cells
-        if cache.separator < 0 and not self.length:
+        if cache.separator < 0 and not cache.window and not self.length:
             return cells, None  # causal
         cell = torch.arange(self.end, device=x.device)  # (S,)
         mask = cell <= cells.unsqueeze(-1)  # (R, T, S)
+        if cache.window:
+            mask = mask & (cell > cells.unsqueeze(-1) - cache.window)
         if cache.separator < 0:
             return cells, mask.unsqueeze(1)
         cache.ids[self.rows, cells] = idx

@@ -86,6 +86,7 @@ class GPTConfig:
     loop_entry: str = "none"  # norm of the group's input: none, rmsnorm (Parcae)
     loop_exit: str = "none"  # after the last loop: none, linear (Parcae), final_norm (Huginn)
     document_separator: int = -1  # token id that ends a document; attention stops there; -1: none
+    attention_window: int = 0  # attention sees so many tokens, its own the last; 0: all
 
     def __post_init__(self):
         check_config(self)  # at the end of this file
@@ -216,9 +217,8 @@ class FeedForward(nn.Module):
         super().__init__()
         n_hidden = config.n_hidden or 4 * config.n_embd
         n_read = 2 * n_hidden if config.mlp == "swiglu" else n_hidden
-        self.activation = TABLES["mlp"][config.mlp]
-        if config.mlp_scale != 1:
-            self.activation = partial(scaled, self.activation, config.mlp_scale)
+        activation, scale = TABLES["mlp"][config.mlp], config.mlp_scale
+        self.activation = activation if scale == 1 else lambda x: scale * activation(x)
         self.c_fc = nn.Linear(config.n_embd, n_read, bias=config.bias)
         self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
 
@@ -336,8 +336,9 @@ class GPT(nn.Module):
         self.config = config
         self.block_size = config.block_size
         self.embedding_scale = config.embedding_scale
-        separator = config.document_separator
-        self.positions_and_mask = partial(documents, separator) if separator >= 0 else causal
+        separator, window = config.document_separator, config.attention_window
+        all_before = partial(documents, separator) if separator >= 0 else causal
+        self.positions_and_mask = partial(windowed, window, all_before) if window else all_before
         self.cos_sin = RotaryPosition(config) if config.position == "rope" else no_rotation
         ln_f = make("norm", config) if config.final_norm else Identity()
         blocks = [Block(config, layer) for layer in range(config.n_physical)]
@@ -348,10 +349,11 @@ class GPT(nn.Module):
             self.stage_loops.append(loop)
             if looped:
                 groups.append(loop)
-        position = LearnedPosition(config) if config.position == "learned" else Identity()
+        learned, C = config.position == "learned", config.n_embd
+        position = LearnedPosition(config.n_position, C) if learned else Identity()
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": nn.Embedding(config.vocab_size, C),
                 "wpe": position,
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(blocks),
@@ -359,14 +361,12 @@ class GPT(nn.Module):
                 "ln_f": ln_f,
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight  # arXiv 1608.05859
         self.cap = partial(softcap, config.logit_softcap) if config.logit_softcap else Identity()
-        self.prefix = (
-            ShiftToken(config.max_shift, config.n_embd) if config.predict_ahead else Identity()
-        )
-        C, n_further = config.n_embd, config.n_ahead - 1
+        self.prefix = ShiftToken(config.max_shift, C) if config.predict_ahead else Identity()
+        n_further = config.n_ahead - 1
         self.ahead = nn.ModuleList(Ahead(C, C, config.bias) for _ in range(n_further))
         self.exit_gate = make("exit_gate", config)
         self.init_weights()
@@ -485,15 +485,15 @@ class ShiftToken(nn.Embedding):
     """Puts a learned token before x (B, T, C) that says how far ahead to predict."""
 
     def forward(self, x: Tensor, shift: int | Tensor) -> Tensor:
-        token = super().forward(torch.as_tensor(shift, device=x.device) - 1)
-        return torch.cat((token.expand(x.size(0), -1).unsqueeze(1), x), dim=1)
+        token = self.weight[shift - 1].expand(x.size(0), -1)  # (B, C)
+        return torch.cat((token.unsqueeze(1), x), dim=1)
 
 
 def shift_labels(targets: Tensor, shift: int | Tensor) -> Tensor:
     """Return the tokens shift (an int or (B,)) ahead of the inputs; -1 beyond targets (B, T)."""
     T = targets.size(1)
-    shift = torch.as_tensor(shift, device=targets.device).expand(targets.size(0))
-    source = torch.arange(T, device=targets.device) + shift[:, None] - 1  # (B, T)
+    ahead = shift[:, None] if isinstance(shift, Tensor) else shift  # no copy to the device
+    source = (torch.arange(T, device=targets.device) + ahead - 1).expand_as(targets)
     return targets.gather(1, source.clamp(max=T - 1)).masked_fill(source >= T, -1)
 
 
@@ -526,9 +526,6 @@ def matrix_sign(W: Tensor) -> Tensor:
 # parts of a block, and what stands before and after all blocks
 class LearnedPosition(nn.Embedding):
     """One learned vector per position, added to the token embedding (GPT-2)."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__(config.n_position, config.n_embd)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         return x + super().forward(ctx.position)
@@ -578,6 +575,14 @@ def documents(separator: int, x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
     start = torch.where(is_first, place, 0).cummax(1).values
     same_document = start[:, None, :, None] == start[:, None, None, :]  # (B, 1, T, T)
     return place - start, same_document.tril()
+
+
+def windowed(window: int, all_before: Callable, x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what all_before does, but a mask where a token sees only the last window tokens."""
+    position, mask = all_before(x, idx)
+    T = x.size(1)
+    near = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - window)
+    return position, near if mask is None else mask & near
 
 
 def norm_at(place: str, config: GPTConfig) -> nn.Module:
@@ -684,10 +689,6 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def scaled(activation: Callable, factor: float, x: Tensor) -> Tensor:
-    return factor * activation(x)
-
-
 def softcap(cap: float, logits: Tensor) -> Tensor:
     """Bound logits smoothly: cap * tanh(logits / cap)."""
     return cap * torch.tanh(logits / cap)
@@ -772,9 +773,6 @@ class LoopNoise(nn.Module):
 class LearnedIndex(nn.Embedding):
     """Adds one learned vector per loop; loops beyond max_loops share the last."""
 
-    def __init__(self, config: GPTConfig):
-        super().__init__(config.max_loops, config.n_embd)
-
     def forward(self, s: Tensor, i: int | Tensor) -> Tensor:
         return s + self.weight[torch.as_tensor(i).clamp(max=self.num_embeddings - 1)]
 
@@ -788,8 +786,8 @@ class SinusoidalIndex(nn.Module):
 
     def forward(self, s: Tensor, i: int | Tensor) -> Tensor:
         C = s.size(-1)
-        i = torch.as_tensor(i, device=s.device).unsqueeze(-1)
-        angles = i * 10000.0 ** (-torch.arange(0, C, 2, device=s.device) / C)
+        frequencies = 10000.0 ** (-torch.arange(0, C, 2, device=s.device) / C)
+        angles = (i.unsqueeze(-1) if isinstance(i, Tensor) else i) * frequencies
         return s + self.gain * torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
@@ -806,9 +804,6 @@ class NormExit(nn.Module):
 
 class MeanStateGate(nn.Linear):
     """Logit (B, T, 1) of stopping after a loop, from the mean state of the tokens so far."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__(config.n_embd, 1)
 
     def forward(self, s: Tensor) -> Tensor:
         count = torch.arange(1, s.size(1) + 1, device=s.device)[:, None]
@@ -892,7 +887,11 @@ TABLES = {
     "state_init": {"input": Identity, "zero": ZeroState, "noise": NoiseState},
     "loop_norm": {"none": Identity, "rmsnorm": rmsnorm, "weightless": WEIGHTLESS},
     "loop_entry": {"none": Identity, "rmsnorm": rmsnorm},
-    "loop_embedding": {"none": Identity, "learned": LearnedIndex, "sinusoidal": SinusoidalIndex},
+    "loop_embedding": {
+        "none": Identity,
+        "learned": lambda config: LearnedIndex(config.max_loops, config.n_embd),
+        "sinusoidal": SinusoidalIndex,
+    },
     "loop_exit": {  # (config, ln_f), after the last loop
         "none": Identity,
         "linear": lambda config, ln_f: nn.Linear(config.n_embd, config.n_embd, bias=False),
@@ -901,7 +900,7 @@ TABLES = {
     "exit_gate": {  # logit (B, T, 1) of stopping after a loop (Ouro, arXiv 2510.25741)
         "none": Identity,
         "state": lambda config: nn.Linear(config.n_embd, 1),
-        "mean_state": MeanStateGate,
+        "mean_state": lambda config: MeanStateGate(config.n_embd, 1),
     },
     "loop_sampling": {  # (mean, generator) -> loops of a step
         "fixed": lambda mean, generator: mean,

@@ -25,6 +25,7 @@ from nanorecur.exit_rules import make_exit
 from nanorecur.files import runs_here
 from nanorecur.hardware import (
     autocast,
+    cast_linear_weights,
     check_versions,
     compile_works,
     lay_out,
@@ -251,6 +252,8 @@ with clear_errors():
     if on_cpu:
         layout = lay_out(model, dtype, cpu_weights, 1 if chat else num_samples)
         dtype = torch.float32  # of what is not a Linear layer
+    elif dtype != torch.float32:
+        cast_linear_weights(model, dtype)
 generator = torch.Generator(device).manual_seed(seed)
 
 if color:

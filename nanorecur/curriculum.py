@@ -22,15 +22,19 @@ class Curriculum:
         """config: train.py's options. split: the one that is trained on; None for a stream."""
         self.config, self.model, self.split = config, model, split
         self.seed = config["seed"]
+        # the rows of a step have one level
+        self.by_level = bool(config["loops_of_level"] or config["level_warmup_iters"])
         self.check()
 
     def check(self) -> None:
         """Raise ValueError where loops_of_level does not go with the data or the model."""
-        pair = self.config["loops_of_level"]
+        pair, warmup = self.config["loops_of_level"], self.config["level_warmup_iters"]
+        has_levels = self.split is not None and self.split.row is not None
+        allowed = "0 without a task, whose rows have levels"
+        require("level_warmup_iters", warmup, has_levels or not warmup, allowed)
         if not pair:
             return
         require("loops_of_level", pair, len(pair) == 2, "two numbers: 1,0 is as many as the level")
-        has_levels = self.split is not None and self.split.row is not None
         require("loops_of_level", pair, has_levels, "() without a task, whose rows have levels")
         require("loops_of_level", pair, self.model.groups, "() where nothing is looped")
         own = not self.config["loops_per_row"] and self.model.loop_sampling == "fixed"
@@ -63,7 +67,7 @@ class Curriculum:
 
     def starts(self, it: int, positions: np.ndarray) -> np.ndarray:
         """Return the starts (N,) of the windows at positions (N,) of the training order."""
-        if self.config["loops_of_level"]:
+        if self.by_level:
             return self.split.shuffled_level(self.level(it), positions, self.seed)
         return self.split.shuffled(positions, self.seed)
 

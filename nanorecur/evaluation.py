@@ -15,7 +15,7 @@ from torch import Tensor
 from model import GPT, shift_labels
 from nanorecur.curriculum import loops_at
 from nanorecur.dataset import Split
-from nanorecur.exit_rules import exit_evaluation, make_exit
+from nanorecur.exit_rules import after_each_loop, exit_evaluation, make_exit
 from nanorecur.hardware import autocast
 from nanorecur.objectives import Objective
 from nanorecur.parallel import Processes
@@ -104,19 +104,16 @@ class Evaluation:
         for n in eval_loops:
             if own and (n,) * len(own) != own:
                 counts.append((n,) * len(own))
-        wanted = []  # (split, loops, shift)
-        for name in self.splits:
-            for loops in [own] if name == "train" else counts:
-                wanted.append((name, loops, 1))
+        wanted = [(name, [own] if name == "train" else counts, 1) for name in self.splits]
         if model_config.predict_ahead:
-            wanted += [("val", own, shift) for shift in range(2, model_config.max_shift + 1)]
+            wanted += [("val", [own], shift) for shift in range(2, model_config.max_shift + 1)]
         try:
             rows = []
-            for name, loops, shift in wanted:
-                scores = self.score(self.splits[name], loops, shift)
-                rows.append({"split": name, "loops": loops, "shift": shift, **scores})
+            for name, depths, shift in wanted:
+                for loops, scores in zip(depths, self.score(self.splits[name], depths, shift)):
+                    rows.append({"split": name, "loops": loops, "shift": shift, **scores})
             entry = {"eval": rows, "objective": self.details()}
-            if self.config["loops_of_level"]:
+            if self.config["loops_of_level"] or self.config["level_warmup_iters"]:
                 entry["levels"] = self.score_levels(eval_loops)
             return entry
         except Interrupted:
@@ -126,27 +123,39 @@ class Evaluation:
         """Return what each level of a task gets at its own loops and at each of eval_loops.
 
         A dict per (split, level, loops): loss, accuracy (over targets), exact (rows all right), and
-        own: True at the loops that loops_of_level gives to the level.
+        own: True at the loops that loops_of_level gives to the level, or else the model's own.
         """
         found = []
-        n_groups = len(self.model.config.groups)
         for name, split in self.splits.items():
             for level in split.level_numbers() if name != "train" else ():
-                own = loops_at(self.config["loops_of_level"], level)
+                own, depths = self.depths_of_level(level, eval_loops)
                 windows = self.windows_of_level(split, level)
-                for n in sorted({own, *eval_loops}):
-                    scores = self.score(split, (n,) * n_groups, 1, windows)
+                scored = self.score(split, list(depths.values()), 1, windows)
+                for n, scores in zip(depths, scored):
                     entry = {"split": name, "level": level, "loops": n, "own": n == own}
                     entry |= {key: scores[key] for key in ("loss", "accuracy", "exact")}
                     found.append(entry)
         return found
 
-    @torch.no_grad()
-    def score(self, split: Split, n_loop: tuple, shift: int, windows: tuple | None = None) -> dict:
-        """Return loss (nats per token), bits per token and per byte, and accuracy of a split.
+    def depths_of_level(self, level: int, eval_loops: tuple) -> tuple[int, dict[int, tuple]]:
+        """Return a level's own loops, and {loops: one count per group} of all to score it at."""
+        pair, counts = self.config["loops_of_level"], self.model.config.counts()
+        own = loops_at(pair, level) if pair else max(counts, default=1)
+        if not counts:  # nothing is looped
+            return own, {own: counts}
+        depths = {n: (n,) * len(counts) for n in sorted({own, *eval_loops})}
+        if not pair:
+            depths[own] = counts
+        return own, depths
 
-        Of a reasoning task also the share of rows whose whole answer is right, in all ("exact") and
-        by level.
+    @torch.no_grad()
+    def score(
+        self, split: Split, depths: list[tuple], shift: int = 1, windows: tuple | None = None
+    ) -> list[dict]:
+        """Return the scores of a split at each of several loop counts (one int per group).
+
+        Of each loss (nats per token), bits per token and per byte, and accuracy; of a reasoning
+        task also the share of rows whose whole answer is right, in all ("exact") and by level.
         """
         self.model.eval()
         windows = windows or self.windows(split)
@@ -154,33 +163,36 @@ class Evaluation:
         scores, rows, level_of_row = [], [], []
         for starts, x, y in self.batches(split, windows):
             with autocast(self.device, self.dtype):
-                batch_sums, row_is_right = score_batch(self.model, x, y, n_loop, shift)
+                batch_sums, row_is_right = score_batch(self.model, x, y, depths, shift)
             scores.append(batch_sums)
             rows.append(row_is_right)
             level_of_row.append(np.searchsorted(levels, split.levels(starts)))
         # one read for all batches: each would wait for the device
-        sums = torch.stack(scores).cpu().double().sum(0)  # nats, right guesses, tokens
-        exact = torch.zeros(len(levels), dtype=torch.float64)  # right rows of each level
+        sums = torch.stack(scores).cpu().double().sum(0)  # (depths, 3)
         level = torch.from_numpy(np.concatenate(level_of_row))
-        exact.index_add_(0, level, torch.cat(rows).cpu().double())
-        sums = torch.cat((sums, exact))
+        exact = torch.zeros(len(depths), len(levels), dtype=torch.float64)  # right rows
+        exact.index_add_(1, level, torch.cat(rows, dim=1).cpu().double())
+        sums = torch.cat((sums, exact), dim=1)
         if self.processes.distributed:
-            sums = self.processes.sum(sums.to(self.device))
+            sums = self.processes.sum(sums.to(self.device)).cpu()
         self.model.train()
-        loss, accuracy = (sums[:2] / sums[2]).tolist()
-        bits = loss / math.log(2)
-        scores = {
-            "loss": loss,
-            "bits_per_token": bits,
-            "bits_per_byte": bits * (split.n_tokens / split.n_bytes),
-            "accuracy": accuracy,
-        }
-        if math.isnan(split.n_bytes):  # of other people's shards, without their tokenizer
-            del scores["bits_per_byte"]
-        if split.row:
-            exact = sums[3:].cpu().numpy()
-            scores["exact"] = exact.sum() / rows_of.sum()
-            scores["by_level"] = dict(zip(levels.tolist(), (exact / rows_of).tolist()))
+        found = []
+        for one in sums:
+            scores = self.scores_of(split, one[:3].tolist())
+            if split.row:
+                right = one[3:].numpy()
+                scores["exact"] = right.sum() / rows_of.sum()
+                scores["by_level"] = dict(zip(levels.tolist(), (right / rows_of).tolist()))
+            found.append(scores)
+        return found
+
+    def scores_of(self, split: Split, sums: list[float]) -> dict:
+        """Return the scores of a split with these sums of nats, right guesses and tokens."""
+        nats, right, n_tokens = sums
+        bits = nats / n_tokens / math.log(2)
+        scores = {"loss": nats / n_tokens, "bits_per_token": bits, "accuracy": right / n_tokens}
+        if not math.isnan(split.n_bytes):  # it is of other people's shards, without a tokenizer
+            scores["bits_per_byte"] = bits * (split.n_tokens / split.n_bytes)
         return scores
 
     @torch.no_grad()
@@ -251,22 +263,48 @@ class Evaluation:
         return {"groups": report, "gain": gain}
 
 
-def score_batch(
-    model: GPT, x: Tensor, y: Tensor, n_loop=None, shift: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Return (nats, right guesses, tokens), and which rows (B,) are right throughout.
+def logits_at_depths(
+    model: GPT, idx: Tensor, depths: list[tuple], shift: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (which of the depths, logits (B, T, V)); depths are loop counts, one int per group.
 
-    x, y, n_loop and shift are those of GPT.forward. Both results are on its device.
+    With one looped group a single pass to the largest serves all: a state does not depend on how
+    many loops follow. Otherwise each depth has its own pass.
     """
-    logits, loss = model(x, y, n_loop=n_loop, shift=shift)
+    if len(model.config.groups) != 1:
+        for i, depth in enumerate(depths):
+            yield i, model.logits(model.hidden(idx, depth, shift=shift))
+        return
+    counts = [n for (n,) in depths]
+    at = sorted(set(counts))
+    states = after_each_loop(model, idx, max(counts), shift, only=at)
+    for n, (_, hidden) in zip(at, states):
+        logits = model.logits(hidden)
+        for i in range(len(counts)):
+            if counts[i] == n:
+                yield i, logits
+
+
+def score_batch(
+    model: GPT, x: Tensor, y: Tensor, depths: list[tuple], shift: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return (nats, right guesses, tokens) at each depth (N, 3), and which rows (N, B) are right.
+
+    x, y and shift are those of GPT.forward, depths loop counts, one int per group. A row is right
+    if all its tokens are. Both results are on the model's device.
+    """
     y = shift_labels(y, shift)
     counted = y >= 0
-    right = logits.argmax(-1) == y
     n_tokens = counted.sum()
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no wider one
-    nats = torch.where(n_tokens > 0, loss.to(wide) * n_tokens, 0.0)  # a batch may be padding alone
-    sums = torch.stack((nats, right.sum().to(wide), n_tokens.to(wide)))
-    return sums, (right | ~counted).all(1) & counted.any(1)
+    sums, rows = [None] * len(depths), [None] * len(depths)
+    for i, logits in logits_at_depths(model, x, depths, shift):
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1)
+        nats = torch.where(n_tokens > 0, loss.to(wide) * n_tokens, 0.0)  # all may be padding
+        right = logits.argmax(-1) == y
+        sums[i] = torch.stack((nats, right.sum().to(wide), n_tokens.to(wide)))
+        rows[i] = (right | ~counted).all(1) & counted.any(1)
+    return torch.stack(sums), torch.stack(rows)
 
 
 def token_correlation(s: Tensor) -> Tensor:

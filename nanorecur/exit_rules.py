@@ -9,7 +9,7 @@ where the gate is trained and no other loop stands before the head; other groups
 Shapes: s (B, T, C), logits (B, T, V), measure (B, T), carry a tuple of (B, T, ..).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -21,19 +21,27 @@ from model import GPT, Context, Stage
 
 
 def after_each_loop(
-    model: GPT, idx: Tensor, n_loop=None, shift: int | Tensor = 1, group: int = -1
+    model: GPT,
+    idx: Tensor,
+    n_loop=None,
+    shift: int | Tensor = 1,
+    group: int = -1,
+    only: Collection[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield state and last hidden states (B, T, C) after each loop, as if it were the last.
 
     idx: (B, T). group: which looped group, by default the last. The stages behind it, other groups
-    as often as configured, see these states for all tokens.
+    as often as configured, see these states for all tokens. only: yield after these loops, counted
+    from 1; None: after all.
     """
     before, (loop, n, _), after = model.around_group(n_loop, group)
     x, ctx = model.embed(idx, shift=shift)
     T = idx.size(1)
     for stage in before:
         x = stage(x, ctx)
-    for s in loop.states(x, ctx, n):
+    for i, s in enumerate(loop.states(x, ctx, n), 1):
+        if only is not None and i not in only:
+            continue
         x = loop.exit(s)
         for stage in after:
             x = stage(x, ctx)

@@ -338,7 +338,20 @@ def peak_memory(device: torch.device) -> int:
 
 
 # -----------------------------------------------------------------------------
-# weights laid out for decoding on a CPU
+# weights for decoding: in the dtype that computes, and on a CPU in the order that is read fastest
+def cast_linear_weights(model: GPT, dtype: torch.dtype) -> None:
+    """Keep the weights of Linear layers in dtype, to decode under autocast to it.
+
+    The same bits as with float32 weights, which autocast casts anew for every token. A head that is
+    tied to the embedding gets a matrix of its own.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(layer.weight.detach().to(dtype))
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(layer.bias.detach().to(dtype))
+
+
 def lay_out(model: GPT, dtype: torch.dtype, layout: str = "auto", rows: int = 1) -> str:
     """Let Linear layers on a CPU read weights in dtype and in a layout, to decode only.
 

@@ -115,38 +115,11 @@ def score(model: GPT, x: Tensor, y: Tensor, loops: list[int | None]) -> np.ndarr
 
     loops: counts as GPT.forward takes n_loop. The model must be in eval mode.
     """
-    score_depths = score_in_one_pass if len(model.config.groups) == 1 else score_one_by_one
+    depths = [model.config.counts(n) for n in loops]
     sums = torch.zeros(len(loops), 3, dtype=torch.float64)  # nats, right guesses, tokens
     for inputs, targets in batches(model, x, y):
-        sums += score_depths(model, inputs, targets, loops)
+        sums += score_batch(model, inputs, targets, depths)[0].cpu()
     return (sums[:, :2] / sums[:, 2:]).numpy()
-
-
-def score_one_by_one(model: GPT, x: Tensor, y: Tensor, loops: list[int | None]) -> Tensor:
-    """Return (nats, right guesses, tokens) at each loop count, by a forward pass each: (.., 3)."""
-    return torch.stack([score_batch(model, x, y, n)[0] for n in loops])
-
-
-def score_in_one_pass(model: GPT, x: Tensor, y: Tensor, loops: list[int | None]) -> Tensor:
-    """Return what score_one_by_one does, of a model with one looped group, whose states serve all.
-
-    The state after n loops does not depend on how many follow.
-    """
-    counts = [model.config.counts(n)[0] for n in loops]
-    by_count = {}
-    for n, (_, hidden) in enumerate(after_each_loop(model, x, max(counts)), 1):
-        if n in counts:
-            by_count[n] = score_logits(model.logits(hidden), y)
-    return torch.stack([by_count[n] for n in counts])
-
-
-def score_logits(logits: Tensor, y: Tensor) -> Tensor:
-    """Return (nats, right guesses, tokens), float64, on the CPU, of targets y (B, T), -1: none."""
-    counted = y >= 0
-    losses = F.cross_entropy(logits[counted].float(), y[counted], reduction="none")
-    right = logits.argmax(-1) == y
-    sums = losses.double().sum(), (right & counted).sum(), counted.sum()
-    return torch.stack([part.double().cpu() for part in sums])
 
 
 def depth_sweep(

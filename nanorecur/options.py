@@ -170,7 +170,7 @@ def without_effect(config: dict, looped: bool) -> dict[str, str]:
     plain = "nothing is looped (n_block=0 and no loop_groups)"
     need(looped, plain, "bptt_k", "loop_sampling", "loop_noise_scale", "eval_loops")
     need(looped, plain, "loop_warmup_iters", "loops_per_row", "automatic_loop_exit")
-    need(config["loops_of_level"], "loops_of_level=()", "loops_beyond", "level_warmup_iters")
+    need(config["loops_of_level"], "loops_of_level=()", "loops_beyond")
     need(config["loop_warmup_iters"], "loop_warmup_iters=0", "loop_warmup")
     need(looped or config["spectral_clip_all"], plain, "spectral_clip_beta")
     clip = ("spectral_clip_interval", "spectral_clip_all")

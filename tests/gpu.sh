@@ -35,11 +35,13 @@ trap 'rm -rf "$work"' EXIT
 failed=()
 
 # -----------------------------------------------------------------------------
-# run SECONDS COMMAND..: with a time limit; what it prints is in the results as it comes
+# run SECONDS COMMAND..: with a time limit, at most what is left of the part's 460 seconds; what it
+# prints is in the results as it comes
 run() {
     echo; echo "\$ ${*:2}"
-    local start=$SECONDS code=0
-    timeout --kill-after=10 "$1" "${@:2}" || code=$?
+    local start=$SECONDS code=0 left=$((460 - SECONDS))
+    ((left >= 1)) || left=1
+    timeout --kill-after=10 "$(($1 < left ? $1 : left))" "${@:2}" || code=$?
     finish "$code" "$start" "${*:2}"
 }
 
@@ -55,7 +57,8 @@ run_killed() {
     local start=$SECONDS code=0
     "${@:4}" &
     local process=$!
-    until grep -qs "\"iter\": $2, \"loss\"" "$3/log.jsonl" || ((SECONDS - start > $1)); do
+    until grep -qs "\"iter\": $2, \"loss\"" "$3/log.jsonl" || ((SECONDS - start > $1)) ||
+        ((SECONDS > 460)); do
         kill -0 "$process" 2>/dev/null || break
         sleep 0.02
     done

@@ -55,6 +55,7 @@ KINDS = [
     dict(input_injection="diagonal", state_init="zero"),
     dict(position="rope", attention="mla"),
     dict(document_separator=1),
+    dict(attention_window=3),
     dict(**TWO_GROUPS),
     dict(n_block=0, n_prelude=0, n_coda=0, n_loop=1, n_layer=3),
 ]

@@ -112,6 +112,16 @@ def test_the_largest_level_rises_to_the_last(beside):
     assert set(drawn[30:]) == {1, 2, 3}
 
 
+def test_levels_rise_without_loops_of_their_own(beside):
+    curriculum = curriculum_of(beside, loops_of_level=(), level_warmup_iters=30)
+    split = curriculum.split
+    for it in range(40):
+        assert curriculum.loops(it) == [(2,)]
+        starts = curriculum.starts(it, 8 * it + np.arange(8))
+        assert set(split.levels(starts)) == {curriculum.level(it)}
+    assert {curriculum.level(it) for it in range(10)} == {1}
+
+
 def test_loops_follow_from_the_level_and_what_is_drawn_beyond(beside):
     curriculum = curriculum_of(beside, loops_of_level=(2, 1), loops_beyond=3)
     beyond = set()
@@ -141,6 +151,8 @@ def test_what_does_not_go_together_is_refused(beside, tmp_path, options):
 def test_loops_of_level_need_levels(corpus, tmp_path):
     run = train(corpus, tmp_path / "out", "--loops_of_level=1,0")
     assert_refused(run, "loops_of_level=(1, 0): must be () without a task")
+    run = train(corpus, tmp_path / "out", "--level_warmup_iters=4")
+    assert_refused(run, "level_warmup_iters=4: must be 0 without a task")
 
 
 # -----------------------------------------------------------------------------
@@ -227,6 +239,25 @@ def test_levels_are_scored_at_their_own_loops_and_at_those_asked_for(run_by_leve
         assert line.split() == want
 
 
+@pytest.mark.parametrize("options", ["", "--use_model_baseline"])
+def test_levels_are_scored_at_the_models_own_loops(beside, tmp_path, options):
+    """Without loops_of_level; a model without a loop has one accuracy for each level."""
+    run = train(
+        beside,
+        tmp_path / "out",
+        f"--block_size={LENGTH}",
+        "--level_warmup_iters=4",
+        "--max_iters=2",
+        *options.split(),
+    )
+    assert run.code == 0, run.err
+    entries = log(tmp_path / "out")[-1]["levels"]
+    own = 1 if options else 2
+    assert [(e["level"], e["loops"], e["own"]) for e in entries] == [
+        (level, own, True) for level in (1, 2, 3, 5)
+    ]
+
+
 # -----------------------------------------------------------------------------
 # the tasks
 
@@ -269,6 +300,21 @@ def test_prefixes_sum_up(tmp_path, modulus):
         assert len(digits) == level
         assert targets[:level] == [str(sum(digits[: i + 1]) % modulus) for i in range(level)]
         assert not any(targets[level:])
+
+
+@pytest.mark.parametrize("terms", [2, 12])
+def test_columns_add_up(tmp_path, terms):
+    options = ("--columns", f"--terms={terms}", "--digits=3", "--hard_digits=5")
+    for text, targets, level in prepared(
+        "addition", tmp_path, *options, "--train_rows=90", "--val_rows=5"
+    ):
+        digits = text.rstrip()
+        numbers = [int(digits[i::terms][::-1]) for i in range(terms)]
+        assert max(len(str(number)) for number in numbers) == level
+        ends = targets[terms - 1 :: terms]
+        assert int("".join(ends)[::-1]) == sum(numbers)
+        assert sum(target != "" for target in targets) == len(digits) // terms
+        assert not any(targets[len(digits) :])
 
 
 def test_a_row_is_random_and_repeats_with_its_seed():

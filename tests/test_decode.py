@@ -30,6 +30,8 @@ MORE_KINDS = [
     dict(value_embedding=True, qk_bias=True, qk_norm="width", norm_place="sum"),
     GROUPS,
     dict(document_separator=3, **ROPE),
+    dict(attention_window=3, **ROPE),
+    dict(attention_window=2, document_separator=3, attention="mla"),
     *(dict(input_injection=name) for name in TABLES["input_injection"] if name != "inject"),
 ]
 

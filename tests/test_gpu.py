@@ -60,6 +60,7 @@ MODELS = {
     "latent attention": MLA,
     "value embedding": dict(value_embedding=True),
     "documents": dict(document_separator=3),
+    "window": dict(attention_window=3),
     "learned index": dict(loop_embedding="learned"),
     "sinusoidal index": dict(loop_embedding="sinusoidal"),
     "noise": dict(state_init="noise", loop_noise_scale=1.0),

@@ -1,5 +1,6 @@
 """hardware.py: devices, data sheets, attention under autocast on a CPU, clock and memory."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, build, tokens
 
+from decode import generate
 from nanorecur import hardware
 from nanorecur.hardware import (
     Progress,
     autocast,
+    cast_linear_weights,
     data_sheet,
     find_gpu,
     peak_flops,
@@ -53,6 +56,19 @@ def test_autocast_on_a_cpu_computes_products_in_bfloat16_and_attention_in_float3
                 full_mask = each if each.dtype == torch.bool else each.float()
                 expected = F.scaled_dot_product_attention(low, q, q, full_mask)
             assert y.dtype == torch.bfloat16 and torch.equal(y, expected.bfloat16())
+
+
+@pytest.mark.parametrize("options", [{}, dict(attention="mla", input_injection="diagonal")])
+def test_weights_cast_once_give_the_bits_of_autocast(options):
+    model, idx = build(spread=0.1, **options), tokens()
+    cast = copy.deepcopy(model)
+    cast_linear_weights(cast, torch.bfloat16)
+    assert cast.lm_head.weight.dtype == torch.bfloat16
+    assert cast.transformer.wte.weight.dtype == torch.float32
+    with autocast(CPU, torch.bfloat16), torch.no_grad():
+        assert torch.equal(cast(idx, idx)[0], model(idx, idx)[0])
+        text, _ = generate(cast, idx, 5, temperature=0)
+        assert torch.equal(text, generate(model, idx, 5, temperature=0)[0])
 
 
 def test_autocast_to_float32_changes_nothing():

@@ -306,6 +306,35 @@ def test_documents_are_read_as_if_each_stood_alone(position, options):
     assert not torch.allclose(plain(windows, windows)[0], packed, atol=1e-3)  # the mask acts
 
 
+@pytest.mark.parametrize("attention", ["mha", "mla"])
+def test_a_window_hides_what_is_further_back(attention):
+    """A token reaches window - 1 tokens further back with each block that is applied."""
+    model = build(spread=0.1, attention_window=3, attention=attention, n_block=1, n_loop=2)
+    applied = model.config.n_effective
+    x = model.transformer.wte(tokens(1, 16)).detach().requires_grad_()
+    model(x, tokens(1, 16))[0][0, -1].sum().backward()
+    reached = x.grad[0].abs().sum(-1) > 0
+    assert reached.tolist() == [16 - i <= 1 + 2 * applied for i in range(16)]
+    assert 1 + 2 * applied < 16
+
+
+def test_a_window_over_all_tokens_is_causal_attention():
+    idx = tokens()
+    for options in ({}, dict(document_separator=5)):
+        whole = build(spread=0.1, **options)
+        windowed = build(spread=0.1, attention_window=16, **options)
+        windowed.load_state_dict(whole.state_dict())
+        assert_close(windowed(idx, idx)[0], whole(idx, idx)[0])
+
+
+def test_documents_in_a_window_are_masked_by_both():
+    options = dict(n_block=0, n_prelude=0, n_coda=0, n_loop=1, n_layer=1)
+    model = build(attention_window=3, document_separator=7, **options)
+    _, ctx = model.embed(torch.tensor([[1, 2, 3, 4, 7, 5, 6]]))
+    sees = [row.nonzero().flatten().tolist() for row in ctx.mask[0, 0]]
+    assert sees == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [5], [5, 6]]
+
+
 def test_a_context_longer_than_the_window_is_refused():
     with pytest.raises(ValueError, match="block_size=16"):
         build()(tokens(1, 17))

@@ -267,6 +267,7 @@ REFUSED = [
     ("maze", FEW["maze"], "hard: level 2 has fewer"),
     ("icl", FEW["icl"], "train: level 1 has fewer"),
     ("addition", {"digits": "0"}, "digits=0: must be from 1"),
+    ("addition", {"columns": "True", "reverse": "False"}, "reverse=False: must be True with"),
     ("addition", {"terms": "1"}, "terms=1: must be from 2"),
     ("addition", {"hard_digits": "4"}, "hard_digits=4: must be from 5"),
     ("addition", {"val_rows": "0"}, "val_rows=0: must be"),

@@ -8,6 +8,12 @@ value, both with the least significant digit first and with blanks in place of l
 hard_digits=5, 123 + 904 = 1027 is
 
     "321  +409  =" "7201  "
+
+With columns the digits of one place stand together, those of the ones first, and the sum's digit is
+the target of the last of them, beside the row and unseen by the model:
+
+    row       3 4   2 0   1 9   0 0
+    targets   - 7   - 2   - 0   - 1
 """
 
 import random
@@ -15,13 +21,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import check_ranges, clear_errors, configure
-from nanorecur.dataset import write_task
+from configurator import check_ranges, clear_errors, configure, require
+from nanorecur.dataset import write_targets_task, write_task
 
 terms = 2  # numbers in a sum
 digits = 8  # most digits of a number in train and val; the level of a row is its number of digits
 hard_digits = 12  # most digits of a number in hard, which begins at digits + 1
 reverse = True  # least significant digit first, the way a carry goes; False: as people write
+columns = False  # the digits of one place together, each column with its target
 train_rows = 200_000  # rows of train, as many per level as short numbers have different sums for
 val_rows = 500  # rows per level of val and of hard, fewer where short numbers have too few sums
 seed = 1337  # seed of the random rows
@@ -37,6 +44,7 @@ limits = {
 }
 with clear_errors():
     check_ranges(globals(), limits)
+    require("reverse", reverse, reverse or not columns, "True with columns: carries go one way")
 
 
 def smallest(level: int) -> int:
@@ -58,6 +66,19 @@ def make(level: int, rng: random.Random) -> tuple[str, str]:
     return prompt, show(sum(numbers), answer_width)
 
 
+def make_columns(level: int, rng: random.Random) -> tuple[str, list]:
+    """Return a random row of a level, in columns, and its targets; blanks fill it up."""
+    n_columns = len(str(terms * (10**level - 1)))
+    numbers = [rng.randrange(smallest(level), 10**level) for _ in range(terms)]
+    digits = [f"{number:0{n_columns}}"[::-1] for number in numbers]
+    row = "".join(map("".join, zip(*digits)))
+    targets = []
+    for digit in f"{sum(numbers):0{n_columns}}"[::-1]:
+        targets += [None] * (terms - 1) + [digit]
+    width = terms * len(str(terms * (10**hard_digits - 1)))
+    return row.ljust(width), targets + [None] * (width - len(row))
+
+
 with clear_errors():
     train, val = {}, {}
     for level in range(1, digits + 1):
@@ -68,4 +89,8 @@ with clear_errors():
         val[level] = min(val_rows, sums // 4)
     hard = dict.fromkeys(range(digits + 1, hard_digits + 1), val_rows)
     sizes = {"train": train, "val": val, "hard": hard}
-    write_task(out_dir or Path(__file__).parent, "0123456789+= ", make, sizes, seed)
+    folder = out_dir or Path(__file__).parent
+    if columns:
+        write_targets_task(folder, "0123456789 ", make_columns, sizes, seed)
+    else:
+        write_task(folder, "0123456789+= ", make, sizes, seed)
