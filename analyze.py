@@ -30,8 +30,8 @@ from torch import Tensor
 
 import pretrained
 from configurator import check_ranges, clear_errors, configure, require
-from model import GPT
-from nanorecur import checkpoint, measure
+from model import GPT, GPTConfig
+from nanorecur import checkpoint, measure, run_table
 from nanorecur.dataset import Split, load_meta, open_split
 from nanorecur.exit_rules import ExitRule, make_exit
 from nanorecur.files import runs_here, write_atomically
@@ -523,6 +523,23 @@ def add_training(page: Page, runs: list[Run]) -> None:
             page.left_out("training curves", run, "there is no log.jsonl")
 
 
+def add_costs(page: Page, runs: list[Run]) -> None:
+    """Add losses against what training had cost, where several runs have a log."""
+    logged = [
+        run_table.Run(run.name, vars(GPTConfig()) | run.config, run.log)
+        for run in runs
+        if run.config and run.log
+    ]
+    curves = run_table.cost_curves(logged) if len(logged) > 1 else {}
+    if curves:
+        caption = (
+            "Validation loss against the FLOPs and seconds that training had taken. A pale band: "
+            "the range over seeds. A horizontal line: nothing is looped; its dot is where that "
+            "run ended."
+        )
+        page.picture("costs", caption, plots.draw_costs(curves), curves)
+
+
 def add_depth(page: Page, runs: list[Run]) -> None:
     """Add the loss at each number of loops, on the windows that train.py evaluates."""
     page.append("h2", "Depth" if groups else "Loss on validation")
@@ -854,6 +871,7 @@ page = Page(folder, title)
 with Progress() as progress:
     add_overview(page, runs)
     add_training(page, runs)
+    add_costs(page, runs)
     add_depth(page, runs)
     add_levels(page, runs)
     if groups:

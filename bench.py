@@ -14,6 +14,10 @@ decoding in GPT-2's shape beside others', and of a trained looped model with exi
     python bench.py decode --peer=../nanoGPT --write_to=BENCHMARKS.md
     python bench.py decode --looped=out-quickstart --dataset=pycode --loops=4,8
 
+a whole training run on a CPU beside nanoGPT's, seconds and loss, both on tiny Shakespeare:
+
+    python bench.py race config/train_shakespeare_char_fast.py --peer=../nanoGPT
+
 what a run will take of memory and time on GPUs that are not here:
 
     python bench.py plan config/train_gpt2_looped.py --gpu=h100 --n_gpus=8
@@ -34,6 +38,7 @@ import platform
 import runpy
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -66,6 +71,7 @@ from nanorecur.hardware import (
 from nanorecur.objectives import Objective
 from nanorecur.options import check_options, pad_vocab
 from nanorecur.parallel import Processes
+from nanorecur.race import NANOGPT, race, score_run
 from nanorecur.training_step import TrainingStep, make_objective
 
 # -----------------------------------------------------------------------------
@@ -94,7 +100,7 @@ efficiency = 0.4  # share of the GPU's peak FLOP/s that a step reaches; with gpu
 link_gbps = 0.0  # GB/s that a GPU sends to others; 0: by its data sheet, or as network_gbps
 network_gbps = 50.0  # GB/s that each of more than 8 GPUs sends to others
 command, arguments = "train", sys.argv[1:]
-if arguments[:1] in (["train"], ["decode"], ["plan"]):
+if arguments[:1] in (["train"], ["decode"], ["race"], ["plan"]):
     command = arguments.pop(0)
 config, given = configure(globals(), ("train.py", ""), ("model.py", "GPTConfig"), argv=arguments)
 # which of the options above a command reads; what is given in vain is refused
@@ -104,6 +110,7 @@ READ = {
     "train --peer": TRAIN | {"peer", "peak_memory", "write_to", "dtypes"},
     "decode": {"rounds", "threads", "peer", "write_to", "dtypes", "batch_sizes", "prompt_tokens"}
     | {"new_tokens", "cpu_weights"},
+    "race": {"rounds", "threads", "peer", "write_to"},
     "plan": {"gpu", "n_gpus", "efficiency", "link_gbps", "network_gbps", "threads"},
 }
 READ["decode --looped"] = READ["decode"] | {"looped", "loops", "exit_thresholds", "drafts"}
@@ -136,6 +143,10 @@ with clear_errors():
     for peer_folder in filter(None, peer.split(",")):
         found = (Path(peer_folder) / "model.py").is_file()
         require("peer", peer_folder, found, "a folder with a model.py")
+    if command == "race":
+        require("peer", peer, peer, "a checkout of nanoGPT")
+        on_shakespeare = config["dataset"] == "shakespeare_char"
+        require("dataset", config["dataset"], on_shakespeare, "shakespeare_char, as nanoGPT's")
     if command == "train":
         check_options(config, Processes())
     if threads:
@@ -1019,13 +1030,39 @@ def print_remedies(sizes: dict[str, float], room: float) -> None:
 
 
 # -----------------------------------------------------------------------------
+# race
+def race_section() -> str:
+    """Return the section of BENCHMARKS.md on whole runs, ours and nanoGPT's."""
+    load = os.getloadavg()[0]
+    passed_on = [part for part in arguments if part[2:].split("=")[0] not in READ["race"]]
+    runs = {"nanoGPT": [], "ours": []}
+    for number in range(1, rounds + 1):
+        progress.now(f"round {number} of {rounds}: nanoGPT's run, then ours")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, (ended, checkpoint) in race(peer, passed_on, Path(folder), threads).items():
+                model = pretrained.load(checkpoint)
+                runs[name].append((ended, score_run(model), model.get_num_params()))
+    rows = []
+    for name, ends in runs.items():
+        seconds, losses, sizes = map(statistics.median, zip(*ends))
+        rows.append([name, f"{sizes / 1e6:.2f}M", f"{seconds:.1f}", f"{losses:.4f}"])
+    pairs = zip(runs["nanoGPT"], runs["ours"])
+    ratio = statistics.median(ours / theirs for (theirs, *_), (ours, *_) in pairs)
+    words = f"Ours takes {ratio:.3f} of nanoGPT's time (nanoGPT: `train.py {NANOGPT}`)."
+    head = ["run", "parameters", "seconds, whole process", "loss, whole validation split"]
+    title = f"Whole runs on tiny Shakespeare, {machine()}"
+    return section(title, load, table(head, rows), words)
+
+
+# -----------------------------------------------------------------------------
 def main() -> None:
     if command == "plan":
         print_plan()
     elif command == "train" and not peer:
         print_depths()
     else:
-        text = decode_section() if command == "decode" else train_section()
+        sections = {"decode": decode_section, "race": race_section, "train": train_section}
+        text = sections[command]()
         print(text)
         if write_to:
             put_section(Path(write_to), text)

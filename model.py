@@ -186,9 +186,8 @@ class Attention(nn.Module):
         # what other families add to GPT-2's attention
         self.q_norm = make("qk_norm", config, H)
         self.k_norm = make("qk_norm", config, K)
-        self.rotated_norm = Identity()
-        if config.qk_norm == "rotated":
-            self.rotated_norm = nn.RMSNorm(self.head_dim, elementwise_affine=False)
+        norm = nn.RMSNorm(self.head_dim, elementwise_affine=False)
+        self.rotated_norm = norm if config.qk_norm == "rotated" else Identity()
         self.q_bias = QKBias(config, H) if config.qk_bias else Identity()
         self.k_bias = QKBias(config, K) if config.qk_bias else Identity()
         every_other = (config.n_physical - 1 - layer) % 2 == 0  # counted from the last block
@@ -773,6 +772,9 @@ class LoopNoise(nn.Module):
 class LearnedIndex(nn.Embedding):
     """Adds one learned vector per loop; loops beyond max_loops share the last."""
 
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.max_loops, config.n_embd)
+
     def forward(self, s: Tensor, i: int | Tensor) -> Tensor:
         return s + self.weight[torch.as_tensor(i).clamp(max=self.num_embeddings - 1)]
 
@@ -804,6 +806,9 @@ class NormExit(nn.Module):
 
 class MeanStateGate(nn.Linear):
     """Logit (B, T, 1) of stopping after a loop, from the mean state of the tokens so far."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.n_embd, 1)
 
     def forward(self, s: Tensor) -> Tensor:
         count = torch.arange(1, s.size(1) + 1, device=s.device)[:, None]
@@ -887,11 +892,7 @@ TABLES = {
     "state_init": {"input": Identity, "zero": ZeroState, "noise": NoiseState},
     "loop_norm": {"none": Identity, "rmsnorm": rmsnorm, "weightless": WEIGHTLESS},
     "loop_entry": {"none": Identity, "rmsnorm": rmsnorm},
-    "loop_embedding": {
-        "none": Identity,
-        "learned": lambda config: LearnedIndex(config.max_loops, config.n_embd),
-        "sinusoidal": SinusoidalIndex,
-    },
+    "loop_embedding": {"none": Identity, "learned": LearnedIndex, "sinusoidal": SinusoidalIndex},
     "loop_exit": {  # (config, ln_f), after the last loop
         "none": Identity,
         "linear": lambda config, ln_f: nn.Linear(config.n_embd, config.n_embd, bias=False),
@@ -900,7 +901,7 @@ TABLES = {
     "exit_gate": {  # logit (B, T, 1) of stopping after a loop (Ouro, arXiv 2510.25741)
         "none": Identity,
         "state": lambda config: nn.Linear(config.n_embd, 1),
-        "mean_state": lambda config: MeanStateGate(config.n_embd, 1),
+        "mean_state": MeanStateGate,
     },
     "loop_sampling": {  # (mean, generator) -> loops of a step
         "fixed": lambda mean, generator: mean,

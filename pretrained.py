@@ -3,22 +3,32 @@ Load other people's weights, and export ours:
 
     model = load("hf:HuggingFaceTB/SmolLM2-360M", n_prelude=2, n_block=4, n_coda=2, n_loop=7)
     python pretrained.py export out-quickstart --to=my-model
+    python pretrained.py export out-x --to=my-model --as=llama --n_loop=4
 
 The first folds a plain model into a loop. load opens checkpoints of ours, nanoGPT's and nanoLOOP's,
-and Hugging Face folders of GPT-2, Llama, Qwen3, OLMo-2, Huginn, Ouro and Parcae; how each of these
-names its fields and tensors is in nanorecur/families.py. Weights are read a few rows at a time, so
-that loading takes little more memory than the model.
+and Hugging Face folders of GPT-2, Llama, Qwen3, OLMo-2, Huginn, Ouro, Nanbeige, Parcae and xLLM;
+how each of these names its fields and tensors is in nanorecur/families.py. Weights are read a few
+rows at a time, so that loading takes little more memory than the model.
+
+export chooses the first format that computes the same; this option chooses another:
+
+    --as=gpt2, llama, qwen3, olmo2   a plain model for transformers; a loop that only applies its
+                                     blocks again (input_injection=passthrough, loop_norm=none) is
+                                     unrolled
+    --as=nanbeige                    for vLLM, SGLang, llama.cpp, MLX; config/servable.py's shape
+    --as=ouro, huginn, parcae        the released formats
+    --as=nanorecur                   any model: a folder with model.py, for transformers with
+                                     trust_remote_code=True
 """
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,13 +36,13 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from configurator import clear_errors, configure, freeze, require
+from configurator import check_ranges, clear_errors, configure, freeze, require
 from model import GPT, Diagonal, GPTConfig
 from nanorecur import checkpoint
+from nanorecur.exports import describe, export
 from nanorecur.families import (
     GPT2,
     IGNORED,
-    IN_TRANSFORMERS,
     LOOP,
     OURS,
     PARCAE,
@@ -40,27 +50,26 @@ from nanorecur.families import (
     Family,
     Piece,
     family_of,
-    family_to_export,
     find_value_embeddings,
+    flatten_config,
     from_nanoloop,
     gates_have_tables,
     is_nanoloop,
     known_fields,
     pieces,
     read_config,
-    spell_out,
     split_name,
     to_ours,
-    to_theirs,
-    write_config,
+    without_tied_head,
 )
-from nanorecur.files import runs_here, write_atomically, write_part
+from nanorecur.files import runs_here
 from nanorecur.tokenizer import tokenizer_of_folder
 
 # -----------------------------------------------------------------------------
 source = ""  # the model to export, anything that load takes; a bare word after export is this too
 out_dir = "out"  # without source: the run to export, its folder or a checkpoint file
 to = ""  # the folder to write
+n_loop = 0  # loops of every group in what is written; 0: as many as the model's config says
 
 
 def main() -> None:
@@ -70,13 +79,29 @@ def main() -> None:
         if command in ("-h", "--help"):
             configure(globals(), argv=["-h"])
         require("command", command, command == "export", "export")
-        configure(globals(), argv=arguments[1:], positional="source")
+        to_format, others = take_format(arguments[1:])
+        configure(globals(), argv=others, positional="source")
         require("to", to, to != "", "the folder to write, --to=my-model")
+        check_ranges(globals(), {"n_loop": (0, 9999)})
         check_exists(source, out_dir)
-        ckpt, model = load_run(source or out_dir, resume=False)
+        name = source or out_dir
+        ckpt, model = load_run(name, resume=False)
         tokenizer = ckpt.get("tokenizer") if ckpt else tokenizer_of(source)
-        export(model, to, tokenizer)
-        print(f"{to}: {describe_format(family_to_export(model.config))}")
+        is_run = Path(name, "config.json").exists() and bool(ckpt)
+        card = dict(run=name) if is_run else {}
+        exported = export(model, to, tokenizer, to_format=to_format, n_loop=n_loop, **card)
+        print(f"{to}: {describe(exported)}")
+
+
+def take_format(arguments: list[str]) -> tuple[str, list[str]]:
+    """Return (value of --as, other arguments). It is no knob, since as is a keyword of Python."""
+    option, to_format, others = "--as=", "", []
+    for word in arguments:
+        if word.startswith(option):
+            to_format = word.removeprefix(option)
+        else:
+            others.append(word)
+    return to_format, others
 
 
 def check_exists(source: str, out_dir: str) -> None:
@@ -90,15 +115,6 @@ def check_exists(source: str, out_dir: str) -> None:
     if not found:
         runs = ", ".join(runs_here()) or "none"
         raise ValueError(f"{name}: no such checkpoint; runs here: {runs}")
-
-
-def describe_format(family: Family) -> str:
-    """Return what an export's format is called, and what opens it."""
-    if family is OURS:
-        return "nanoRecur's own format; pretrained.load opens it"
-    if family in IN_TRANSFORMERS:
-        return f"{family.name}'s format; transformers and pretrained.load open it"
-    return f"{family.name}'s format; pretrained.load opens it"
 
 
 # -----------------------------------------------------------------------------
@@ -148,6 +164,8 @@ def load(
         family = family_of(config_json)
         args = read_config(family, config_json)
         stored = open_safetensors(folder)
+        if family is OURS:
+            stored = {name.removeprefix("gpt."): tensor for name, tensor in stored.items()}
         if family is GPT2 and "wte.weight" in stored:  # saved without the head, as the hub's gpt2
             stored = {f"transformer.{name}": tensor for name, tensor in stored.items()}
         if family is PARCAE:
@@ -215,7 +233,8 @@ def tokenizer_of(source: str | Path) -> dict | None:
         return None
     tokenizer = read_config_json(folder).get("tokenizer")
     if not isinstance(tokenizer, dict):
-        return tokenizer_of_folder(folder)
+        inside = folder / "tokenizer"  # of xLLM
+        return tokenizer_of_folder(inside if inside.is_dir() else folder)
     if tokenizer.get("tokenizer") == "huggingface":  # export has put its text into a file
         text = (folder / "tokenizer.json").read_text("utf-8")
         tokenizer = {**tokenizer, "tokenizer_json": text}
@@ -256,7 +275,7 @@ def read_config_json(folder: Path) -> dict:
     config_json = json.loads((folder / "config.json").read_text("utf-8"))
     if not isinstance(config_json, dict):
         raise ValueError("config.json: must be a JSON object")
-    return config_json
+    return flatten_config(config_json)
 
 
 def open_safetensors(folder: Path) -> dict[str, Stored]:
@@ -549,12 +568,6 @@ def set_weights(model: GPT, tensors: dict[str, Tensor]) -> None:
         model.lm_head.weight = model.transformer.wte.weight
 
 
-def without_tied_head(config: GPTConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors without the head's, where that is the embedding's."""
-    tied = ("lm_head.weight",) if config.tie_weights else ()
-    return {name: tensor for name, tensor in tensors.items() if name not in tied}
-
-
 def meta_tensors(config: GPTConfig) -> dict[str, Tensor]:
     """Return the tensors of a model by name, with shapes and without values."""
     return without_tied_head(config, model_without_weights(config).state_dict())
@@ -647,73 +660,6 @@ def fits(piece: Piece, stored: Stored | None) -> bool:
     if piece.ours == "transformer.wpe.weight":  # a shorter context reads the first positions
         return stored.shape[1:] == piece.shape[1:] and stored.shape[0] >= piece.shape[0]
     return stored.shape == piece.shape
-
-
-# -----------------------------------------------------------------------------
-# exporting
-
-
-def export(model: GPT, folder: str | Path, tokenizer: dict | None = None) -> None:
-    """Write config.json and model.safetensors, in another family's format where it has the options.
-
-    GPT-2, Llama, Qwen3 and OLMo-2 then open in transformers. Without a family that computes the
-    same, the format is ours. load(folder) returns the same model, bit for bit; options of training
-    are kept in our format alone.
-    tokenizer: as make_tokenizer takes it, kept in config.json, a Hugging Face tokenizer's text in
-        tokenizer.json.
-    Raises ValueError for a folder that holds a run, or weights in other files.
-    """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    check_target(folder)
-    family = family_to_export(model.config)
-    config = model.config if family is OURS else spell_out(model.config)
-    config_json = write_config(family, config)
-    tokenizer = dict(tokenizer or {})
-    tokenizer_json = tokenizer.pop("tokenizer_json", None)
-    if tokenizer:
-        config_json["tokenizer"] = tokenizer
-    tensors = stored_tensors(family, config, model.state_dict())
-
-    def save(file: BinaryIO) -> None:
-        save_file(tensors, file.name, {"format": "pt"})
-
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "model.safetensors"
-    os.replace(write_part(weights, save), weights)
-    if tokenizer_json is None:
-        (folder / "tokenizer.json").unlink(missing_ok=True)  # an earlier export's
-    else:
-        write_atomically(folder / "tokenizer.json", tokenizer_json.encode())
-    write_atomically(folder / "config.json", json.dumps(config_json, indent=2).encode())
-
-
-def check_target(folder: Path) -> None:
-    """Raise ValueError where an export would damage a run, or lie beside weights of others."""
-    for path in sorted(folder.glob("*")):
-        of_a_run = path.name.startswith("ckpt") or path.name == "log.jsonl"
-        is_weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
-        is_weights = is_weights and path.name != "model.safetensors"
-        allowed = f"another one, since it holds {path.name}"
-        require("folder", str(folder), not (of_a_run or is_weights), allowed)
-
-
-def stored_tensors(
-    family: Family, config: GPTConfig, state: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return a model's tensors as a family stores them, in float32."""
-    tensors = {}
-    for name, tensor in without_tied_head(config, state).items():
-        tensors[name] = to_theirs(family, config, name, tensor.detach().float().cpu())
-    stored = {}
-    for piece in pieces(family, config, tensors, range(config.n_physical)):
-        if piece.shape == tuple(piece.view.shape):
-            stored[piece.theirs] = piece.view.contiguous().clone()
-        else:  # one of several that are rows of a stored tensor
-            stacked = stored.setdefault(piece.theirs, torch.empty(piece.shape))
-            stacked[piece.first_row : piece.first_row + 1] = piece.view
-    return stored
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ log_interval = 1  # steps between lines of the log
 wandb_log = False  # log to Weights & Biases too
 wandb_project = "nanorecur"
 wandb_run_name = ""  # default: the name of out_dir, with blocks and loops
+tensorboard = False  # log to TensorBoard too, in out_dir/tensorboard
 # data
 dataset = "openwebtext"  # a folder in data/, or the path of a prepared folder
 batch_size = 12  # windows of block_size tokens in one micro-step of one process
@@ -146,6 +147,7 @@ with clear_errors():
     options.check_options(config, processes)
     objective = options.objective_of(config)
     run_log.check_wandb(config)
+    run_log.check_tensorboard(config)
     device = hardware.pick_device(device)
     dtype = hardware.pick_dtype(dtype, device)
     if deterministic:

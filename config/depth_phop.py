@@ -2,21 +2,22 @@
 # hops, evaluated up to 24: more loops solve what no training row asked.
 # python data/phop/prepare.py --every_position --symbols=4 --length=96 --hops=6 --hard_hops=24
 # python train.py config/depth_phop.py
-# Loss to expect: not yet measured.
+# Loss to expect: 0.0010 at 6 hops. At 24 hops and loops 99.9 %, 100.0 % and 26.6 % of positions
+# were right in three seeds.
 
 out_dir = "out-depth-phop"
 init_from = "auto"
 dataset = "phop"
 compile = False  # would take longer than it saves
 
-n_prelude = 2
+n_prelude = 1
 n_block = 1
-n_coda = 1
 n_loop = 6
 loop_norm = "rmsnorm"
 input_injection = "add"
-n_head = 4
+n_head = 2
 n_embd = 64
+n_hidden = 128
 position = "rope"
 
 loops_of_level = 1, 0  # as many loops as hops
@@ -32,7 +33,7 @@ hold_iters = 1500
 warmup_iters = 50
 min_lr = 0.0
 
-eval_interval = 1500
-eval_iters = 24
+eval_interval = 3000
+eval_iters = 8
 eval_loops = 1, 6, 12, 24
 log_interval = 100

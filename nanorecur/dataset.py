@@ -19,6 +19,7 @@ import random
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -143,6 +144,8 @@ def write_targets_task(
     """
     splits, targets = {}, {}
     seen, lengths, id_of = set(), set(), {char: i for i, char in enumerate(chars)}
+    dtype = targets_dtype(len(chars))
+    no_target = np.iinfo(dtype).max
     for split in sorted(sizes):
         splits[split], rows_of_ids = [], []
         for level, rows in tqdm(sorted(sizes[split].items()), desc=split):
@@ -150,24 +153,32 @@ def write_targets_task(
             for row, wanted in new_rows(make, level, rng, rows, seen, split):
                 lengths |= {len(row), len(wanted)}
                 splits[split].append(row)
-                rows_of_ids.append([NO_TARGET if char is None else id_of[char] for char in wanted])
-        targets[split] = np.array(rows_of_ids, "<u2")
+                rows_of_ids.append([no_target if char is None else id_of[char] for char in wanted])
+        targets[split] = np.array(rows_of_ids, dtype)
     if len(lengths) != 1:
         raise ValueError(f"rows and targets must have one length, not {sorted(lengths)}")
     levels = {split: [list(pair) for pair in sorted(sizes[split].items())] for split in sizes}
     row = {"length": lengths.pop(), "prompt": 1, "targets": True, "levels": levels}
+    row["targets_sha256"] = {split: digest_of(ids) for split, ids in targets.items()}
     os.makedirs(folder, exist_ok=True)
     for split, ids in targets.items():
         write_atomically(targets_path(folder, split), ids.tobytes())
     return write_dataset(folder, {"tokenizer": "char", "chars": chars, "row": row}, splits)
 
 
-NO_TARGET = 2**16 - 1
-
-
 def targets_path(folder: str | Path, split: str) -> Path:
     """Return the path of a split's targets."""
     return Path(folder, f"{split}.targets.bin")
+
+
+def digest_of(targets: np.ndarray) -> str:
+    """Return the sha256 of a split's targets as they are stored."""
+    return hashlib.sha256(targets.tobytes()).hexdigest()
+
+
+def targets_dtype(vocab_size: int) -> np.dtype:
+    """Return the dtype of targets; its largest number is no id, and stands for no target."""
+    return np.dtype("<u2" if vocab_size < 2**16 else "<u4")
 
 
 def window_of(row: dict) -> int:
@@ -195,6 +206,113 @@ def new_rows(
             raise ValueError(
                 f"{split}: level {level} has fewer than {rows:,} different prompts left"
             )
+
+
+class AnswerRow(NamedTuple):
+    """A prompt and its answer as one row of ids."""
+
+    ids: list[int]  # of the prompt, the answer and the separator, if the tokenizer has one
+    n_prompt: int  # ids of the prompt
+    n_bytes: int  # of the answer's text
+
+
+def write_answers(
+    folder: str | Path,
+    meta: dict,
+    pairs: list[tuple[str, str]],
+    val_share: float,
+    block_size: int = 0,
+) -> dict:
+    """Write prompts with their answers as rows in which answers alone are predicted; return meta.
+
+    Each row is padded behind the answer, and its targets stand beside it. meta.json gets "row" as
+    write_targets_task has it, all rows of level 0, and row["n_targets"], the number of targets by
+    split; the bytes of a split are those of its answers.
+
+    meta: a tokenizer's fields. pairs: (prompt, answer). val_share: share of the different prompts
+    that is held out. block_size: tokens of a row; longer ones are left out, and how many is
+    printed. 0: as many as the longest row needs.
+    Raises ValueError where a prompt or an answer is empty, or a split would be.
+    """
+    tokenizer = make_tokenizer(meta)
+    rows = {}
+    for split, of_split in split_by_prompt(pairs, val_share).items():
+        rows[split] = [answer_row(tokenizer, *pair) for pair in of_split]
+    longest = max(len(row.ids) for of_split in rows.values() for row in of_split)
+    length = block_size or longest - 1  # the last id is a target alone
+    rows = rows_that_fit(rows, length)
+    shape = {"length": length, "prompt": 1, "targets": True, "levels": {}, "n_targets": {}}
+    shape["targets_sha256"] = {}
+    sizes = {}
+    os.makedirs(folder, exist_ok=True)
+    Path(folder, "meta.json").unlink(missing_ok=True)  # unfinished files must not look complete
+    for split, of_split in rows.items():
+        tokens, targets = arrays_of(of_split, length, tokenizer)
+        with open(part_path(folder, split), "wb") as file:
+            file.write(tokens.tobytes())
+            flush(file)
+        write_atomically(targets_path(folder, split), targets.tobytes())
+        shape["targets_sha256"][split] = digest_of(targets)
+        sizes[split] = (tokens.size, sum(row.n_bytes for row in of_split))
+        shape["levels"][split] = [[0, len(of_split)]]
+        shape["n_targets"][split] = sum(len(row.ids) - row.n_prompt for row in of_split)
+    return finish_dataset(folder, {**meta, "row": shape}, sizes)
+
+
+def split_by_prompt(pairs: list[tuple[str, str]], val_share: float) -> dict[str, list[tuple]]:
+    """Return {"train": pairs, "val": pairs}; a prompt's answers are in one split.
+
+    Which one depends on the hash of the prompt. Raises ValueError where a split would be empty.
+    """
+    prompts = sorted({prompt for prompt, _ in pairs}, key=random_key)
+    n_held_out = max(1, round(val_share * len(prompts)))
+    if n_held_out >= len(prompts):
+        both = f"must leave some of {len(prompts)} different prompts for train"
+        raise ValueError(f"val_share={val_share}: {both}")
+    held_out = set(prompts[:n_held_out])
+    return {
+        "train": [pair for pair in pairs if pair[0] not in held_out],
+        "val": [pair for pair in pairs if pair[0] in held_out],
+    }
+
+
+def rows_that_fit(rows: dict[str, list[AnswerRow]], length: int) -> dict[str, list[AnswerRow]]:
+    """Return rows by split without those that need more than length tokens; print their number.
+
+    Raises ValueError where a split would be empty.
+    """
+    fitting = {}
+    for split, of_split in rows.items():
+        fitting[split] = [row for row in of_split if len(row.ids) <= length + 1]
+        n_left_out = len(of_split) - len(fitting[split])
+        if n_left_out:
+            print(f"{split}: {n_left_out} of {len(of_split)} rows are longer than {length} tokens")
+        if not fitting[split]:
+            raise ValueError(f"block_size={length}: must leave rows for {split}")
+    return fitting
+
+
+def answer_row(tokenizer: Tokenizer, prompt: str, answer: str) -> AnswerRow:
+    """Return the row of a prompt and its answer, each encoded alone, as in sampling."""
+    asked = tokenizer.encode(prompt)
+    if not asked or not answer:
+        raise ValueError(f"prompt {prompt[:40]!r}: it and its answer must not be empty")
+    answered = tokenizer.encode_document(answer).tolist()
+    return AnswerRow(asked + answered, len(asked), len(answer.encode()))
+
+
+def arrays_of(
+    rows: list[AnswerRow], length: int, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens and the targets (rows, length) of rows, as they are stored."""
+    dtype = targets_dtype(tokenizer.vocab_size)
+    tokens = np.zeros((len(rows), length), token_dtype(tokenizer))
+    targets = np.full((len(rows), length), np.iinfo(dtype).max, dtype)
+    for i, row in enumerate(rows):
+        n = len(row.ids) - 1
+        tokens[i, :n] = row.ids[:-1]
+        targets[i, row.n_prompt - 1 : n] = row.ids[row.n_prompt :]
+    return tokens, targets
 
 
 def part_path(folder: str | Path, split: str) -> Path:
@@ -333,6 +451,8 @@ def check_row(row: dict, splits: dict[str, dict]) -> None:
             rows += count
         if rows * length != split["tokens"]:
             raise ValueError(f"levels of {name} have not as many tokens as {name}")
+        if "n_targets" in row and not is_count(row["n_targets"][name], 1):
+            raise ValueError(f"n_targets of {name} is not a count")
 
 
 def is_count(value: object, least: int) -> bool:
@@ -357,9 +477,13 @@ def open_split(
         tokens = Shards(shards_of(folder, name))
     else:
         tokens = open_tokens(path, meta["splits"][name]["tokens"], meta["dtype"])
-    n_bytes, row, targets = meta["splits"][name]["bytes"], meta.get("row"), None
+    n_tokens, n_bytes = meta["splits"][name]["tokens"], meta["splits"][name]["bytes"]
+    row, targets = meta.get("row"), None
     if row and row.get("targets"):
-        targets = open_tokens(targets_path(folder, name), meta["splits"][name]["tokens"], "uint16")
+        dtype = targets_dtype(meta["vocab_size"])
+        targets = open_tokens(targets_path(folder, name), n_tokens, dtype.name)
+        if "n_targets" in row:  # as many for each token of the file as answers have for theirs
+            n_bytes *= n_tokens / row["n_targets"][name]
     return Split(name, tokens, n_bytes, block_size, vocab_size, row, path, targets)
 
 
@@ -385,7 +509,7 @@ class Split:
         self,
         name: str,
         tokens: np.ndarray,
-        n_bytes: int,
+        n_bytes: float,
         block_size: int,
         vocab_size: int,
         row: dict | None = None,
@@ -395,7 +519,8 @@ class Split:
         """Check the tokens and count the windows.
 
         n_bytes: size of the text. row: "row" of a task's meta.json. path: for error messages.
-        targets: what to predict at each token, NO_TARGET for nothing; None: the next token.
+        targets: what to predict at each token, the largest number of the dtype for nothing; None:
+            the next token.
         Raises ValueError where an id is beyond vocab_size or block_size does not fit.
         """
         self.name = name
@@ -516,7 +641,7 @@ class Split:
         places = starts[:, None] + np.arange(self.block_size)
         x, y = self.tokens[places].astype(np.int64), self.targets[places].astype(np.int64)
         self._check_ids(x)
-        y[y == NO_TARGET] = -1
+        y[y == np.iinfo(self.targets.dtype).max] = -1
         if y.max() >= self.vocab_size:
             raise ValueError(f"{self.path}: a target is beyond vocab_size={self.vocab_size}")
         if n_scored is not None:

@@ -49,6 +49,10 @@ class Family:
     interleaved_rotary: bool = False
     # the injection's matrix reads the state before the loop's input, [s, e]; ours reads [e, s]
     state_first: bool = False
+    # gains of norms are stored without the 1 around which they are
+    centered_gains: bool = False
+    # programs that open a folder of this format, besides pretrained.load
+    opened_by: tuple = ()
     # functions for fields that are not one to one: config.json -> fields of GPTConfig, and
     # GPTConfig -> fields of config.json
     read_extra: Callable[[dict], dict] = no_fields
@@ -188,6 +192,91 @@ def write_parcae(config: GPTConfig) -> dict:
     return {"rope_settings": rope, "logit_softcap": config.logit_softcap or None}
 
 
+def read_nanbeige(config_json: dict) -> dict:
+    """Return Llama's extra fields, and which norm the last one is: the loop's or the model's."""
+    width, head_dim = config_json.get("kv_channels"), config_json.get("head_dim")
+    require("kv_channels", width, width in (None, head_dim), f"head_dim={head_dim}")
+    once = bool(config_json.get("skip_loop_final_norm"))
+    return read_rope(config_json) | {
+        "final_norm": once,
+        "loop_norm": "none" if once else "rmsnorm",
+    }
+
+
+def write_nanbeige(config: GPTConfig) -> dict:
+    scaling = config.rope_scaling
+    require("rope_scaling", scaling, not scaling, "()")
+    return write_rope(config) | {"skip_loop_final_norm": config.final_norm}
+
+
+def read_xllm(config_json: dict) -> dict:
+    """Return what is looped in a model of xLLM, and how (2610.06833 and the part before it)."""
+    for name in ("swiglu", "apply_rmsnorm"):  # their default is false
+        value = config_json.get(name)
+        require(name, value, value is True, "true")
+    width, head_dim = config_json.get("rope_head_dim"), config_json.get("head_dim")
+    require("rope_head_dim", width, width in (None, head_dim), f"head_dim={head_dim}")
+    if config_json["model_type"] == "xllm_huginn":
+        return read_xllm_core(config_json)
+    n_layer, n_loop = read_int(config_json, "num_layers"), read_int(config_json, "loop_times", 1)
+    first = read_int(config_json, "loop_start_layer", 0)
+    last = read_int(config_json, "loop_end_layers", n_layer)
+    injection = read_choice(config_json, "input_injection", "loop_input_injection")
+    if n_loop == 1 and injection == "passthrough":
+        return {}
+    legal = first == 0 or injection == "passthrough"  # theirs is of the embedding, in all layers
+    require("loop_start_layer", first, legal, "0 with loop_input_injection")
+    shape = {"n_prelude": first, "n_block": last - first, "n_coda": n_layer - last}
+    return {"n_loop": n_loop, "input_injection": injection, **shape}
+
+
+def read_xllm_core(config_json: dict) -> dict:
+    """Return the extra fields of a model with prelude, recurrent block and coda."""
+    n_prelude = read_int(config_json, "huginn_prelude_layers", 1)
+    n_coda = read_int(config_json, "huginn_coda_layers", 1)
+    others = read_int(config_json, "num_layers") - n_prelude - n_coda
+    n_block = read_int(config_json, "huginn_recurrent_layers", others)
+    fields = {"n_prelude": n_prelude, "n_block": n_block, "n_coda": n_coda}
+    fields["n_loop"] = read_int(config_json, "loop_times", 1)
+    for name, theirs in XLLM_CHOICES.items():
+        fields[name] = read_choice(config_json, name, theirs)
+    if fields["input_injection"] != "passthrough":
+        fields["bptt_k"] = read_int(config_json, "huginn_backprop_depth", 0)
+    return fields
+
+
+def read_int(config_json: dict, name: str, default: int | None = None) -> int:
+    """Return a field that is a whole number; default: what is meant where it is missing or null."""
+    value = config_json.get(name)
+    value = default if value is None else value
+    require(name, value, type(value) is int, "a whole number")
+    return value
+
+
+def read_choice(config_json: dict, name: str, theirs: str) -> str:
+    """Return a field of GPTConfig with few values; a missing one is the first of XLLM_VALUES."""
+    values = XLLM_VALUES[name]
+    value = config_json.get(theirs, next(iter(values)))
+    require(theirs, value, value in list(values), f"one of {', '.join(values)}")
+    return values[value]
+
+
+XLLM_CHOICES = {  # {field of GPTConfig: xLLM's}
+    "input_injection": "huginn_input_injection",
+    "state_init": "huginn_state_init",
+    "loop_entry": "huginn_prelude_norm",
+    "loop_norm": "huginn_recurrent_exit_norm",
+    "loop_sampling": "huginn_sampling_scheme",
+}
+XLLM_VALUES = {  # {field of GPTConfig: {their value: ours}}
+    "input_injection": {"none": "passthrough", "diagonal": "diagonal"},
+    "state_init": {"zero": "zero", "input": "input", "normal": "noise"},
+    "loop_entry": {"none": "none", "rms": "rmsnorm"},
+    "loop_norm": {"none": "none", "parameterless_rms": "weightless"},
+    "loop_sampling": {"fixed": "fixed", "poisson-lognormal-capped": "poisson"},
+}
+
+
 # -----------------------------------------------------------------------------
 # plain families
 
@@ -227,6 +316,7 @@ GPT2 = Family(
         "mlp.c_fc.weight",
         "mlp.c_proj.weight",
     ),
+    opened_by=("transformers",),
 )
 LLAMA = Family(
     name="Llama",
@@ -266,6 +356,7 @@ LLAMA = Family(
     },
     read_extra=read_rope,
     write_extra=write_rope,
+    opened_by=("transformers",),
 )
 QWEN3 = replace(
     LLAMA,
@@ -313,6 +404,34 @@ OURO = replace(
         "transformer.loops.0.norm": "model.norm",
         "exit_gate": "model.early_exit_gate",
     },
+    opened_by=("vLLM",),
+)
+NANBEIGE = replace(  # arXiv 2607.22083
+    LLAMA,
+    name="Nanbeige",
+    demands=LLAMA.demands
+    | {
+        "model_type": "nanbeige",
+        "architectures": ["NanbeigeForCausalLM"],
+        "qk_layernorm": False,
+        "loop_loss_weights": [],
+        "loop_share_kv": False,
+        "enable_double_loop_split": False,
+        "enable_hyper_connection": False,
+        "enable_mhc": False,
+        "enable_depth_attention": False,
+        "emb_neighbor_num": None,
+        "insert_ngram_layer_idx": [],
+        "ngram_insert_all_layers": False,
+        "pretraining_tp": 1,
+    },
+    fields=LLAMA.fields | {"n_block": "num_hidden_layers", "n_loop": "num_loops"},
+    fixed=LLAMA.fixed | {"input_injection": "passthrough", "state_init": "input"},
+    defaults=LLAMA.defaults | {"n_loop": 1},
+    tensors=LLAMA.tensors | {"transformer.loops.0.norm": "model.norm"},
+    read_extra=read_nanbeige,
+    write_extra=write_nanbeige,
+    opened_by=("vLLM", "SGLang", "llama.cpp", "MLX"),
 )
 HUGINN = Family(
     name="Huginn",
@@ -470,17 +589,97 @@ PARCAE = Family(
     write_extra=write_parcae,
 )
 
+# IFM/LoopedLM-P1-.. and -P2-.. on the hub; loaded, not exported. Their first state "normal" has std
+# sqrt(1 / n_embd) and in evaluation is a hash of the place, ours has std sqrt(2 / (5 n_embd)): the
+# loops forget it alike
+XLLM = Family(
+    name="xLLM",
+    demands={
+        "model_type": "xllm_transformer",
+        "attn_act_func": "softmax",
+        "apply_attn_gate": False,
+        "qknorm": False,
+        "num_experts": 0,
+        "num_values": 0,
+        "layernorm_num_groups": 1,
+        "norm_affine": True,
+        "residual_func": "base",
+        "scale_emb": False,
+        "output_size": -1,
+        "dense_prelude_input_injection": "none",
+        "huginn_hierarchical_state": "none",
+        "huginn_prelude_orthogonal": False,
+    },
+    fields={
+        "vocab_size": "vocab_size",
+        "n_embd": "model_dim",
+        "n_layer": "num_layers",
+        "n_head": "num_heads",
+        "n_kv_head": "num_kv_heads",
+        "head_size": "head_dim",
+        "n_hidden": "ffn_hidden_dim",
+        "norm_eps": "rmsnorm_eps",
+        "rope_base": "rope_base",
+    },
+    fixed={
+        **LLAMA.fixed,
+        "block_size": 8192,  # tokens of their training rows
+        "tie_weights": False,
+        "state_init": "input",
+        "loop_norm": "none",
+    },
+    defaults={"n_kv_head": 0, "head_size": 0, "norm_eps": 1e-6, "rope_base": 100000.0},
+    tensors={
+        "transformer.wte": "embed",
+        "transformer.ln_f": "output.final_norm",
+        "lm_head": "output.output",
+        "transformer.loops.0.inject": "loop_input_injection_module",
+        "transformer.loops.0.inject.weight": "loop_input_injection_module.input_adapter.weight",
+        "ln_1": "layers.{layer}.attention.norm",
+        "ln_2": "layers.{layer}.nffn.norm",
+        "attn.c_attn": tuple(f"layers.{{layer}}.attention.w{part}" for part in "qkv"),
+        "attn.c_proj": "layers.{layer}.attention.wo",
+        "mlp.c_fc": ("layers.{layer}.nffn.fc1", "layers.{layer}.nffn.fc3"),
+        "mlp.c_proj": "layers.{layer}.nffn.fc2",
+    },
+    interleaved_rotary=True,
+    centered_gains=True,
+    read_extra=read_xllm,
+)
+XLLM_HUGINN = replace(
+    XLLM,
+    demands=XLLM.demands | {"model_type": "xllm_huginn"},
+    tensors=XLLM.tensors
+    | {
+        "transformer.loops.0.entry": "huginn_prelude_norm_module",
+        "transformer.loops.0.inject": "input_injection",
+        "transformer.loops.0.inject.weight": "input_injection.input_adapter.weight",
+    },
+)
+
 # -----------------------------------------------------------------------------
 # finding the family of a config.json, or of a GPTConfig
 
-# config.json is GPTConfig itself
-OURS = Family(name="nanoRecur", demands={"model_type": "nanorecur"}, fields={})
-IN_TRANSFORMERS = (GPT2, LLAMA, QWEN3, OLMO2)  # the library opens them without code of others
-EXPORTED = (GPT2, LLAMA, QWEN3, OLMO2, HUGINN, RETROFITTED_LLAMA, RETROFITTED_OLMO, OURO, PARCAE)
+# fields of GPTConfig are in config.json under "gpt", as modeling_nanorecur.py reads them
+OURS = Family(
+    name="nanoRecur",
+    demands={
+        "model_type": "nanorecur",
+        "architectures": ["NanoRecurForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_nanorecur.NanoRecurConfig",
+            "AutoModelForCausalLM": "modeling_nanorecur.NanoRecurForCausalLM",
+        },
+    },
+    fields={},
+    opened_by=("transformers with trust_remote_code=True",),
+)
+PLAIN = (GPT2, LLAMA, QWEN3, OLMO2)  # what is looped goes out in these unrolled
+EXPORTED = (*PLAIN, NANBEIGE, HUGINN, RETROFITTED_LLAMA, RETROFITTED_OLMO, OURO, PARCAE)
 RETROFITTED = {"llama": RETROFITTED_LLAMA, "olmo": RETROFITTED_OLMO}  # model_type is Huginn's
 FAMILIES = {
     family.demands["model_type"]: family
-    for family in (GPT2, LLAMA, QWEN3, OLMO2, HUGINN, OURO, PARCAE, OURS)
+    for family in (*PLAIN, NANBEIGE, HUGINN, OURO, PARCAE, XLLM, XLLM_HUGINN, OURS)
 }
 MODEL_TYPES = {  # of a class that architectures or _class_name names
     family.demands["architectures"][0]: model_type
@@ -488,6 +687,25 @@ MODEL_TYPES = {  # of a class that architectures or _class_name names
     if "architectures" in family.demands
 }
 MODEL_TYPES["ParcaeConfig"] = "parcae"
+FORMATS = {  # names of --as, and the families of which one is written
+    "gpt2": (GPT2,),
+    "llama": (LLAMA,),
+    "qwen3": (QWEN3,),
+    "olmo2": (OLMO2,),
+    "nanbeige": (NANBEIGE,),
+    "huginn": (HUGINN, RETROFITTED_LLAMA, RETROFITTED_OLMO),
+    "ouro": (OURO,),
+    "parcae": (PARCAE,),
+    "nanorecur": (OURS,),
+}
+
+
+def flatten_config(config_json: dict) -> dict:
+    """Return a config.json with the fields of the model at its top; in xLLM's they are below."""
+    fields = config_json.get("model")
+    if not (isinstance(fields, dict) and "arch" in fields):
+        return config_json
+    return {**fields, "model_type": f"xllm_{fields['arch']}"}
 
 
 def family_of(config_json: dict) -> Family:
@@ -524,19 +742,30 @@ ROPE = ("rope_base", "rope_scaling")
 
 def expresses(family: Family, config: GPTConfig) -> bool:
     """Return True if the family's config.json, written and read again, is the same model."""
+    return not find_misfit(family, config)
+
+
+def find_misfit(family: Family, config: GPTConfig) -> str:
+    """Return what a family's config.json cannot express, as a line on one field, or ""."""
+    if family is OURS:
+        return ""
     try:
         config_json = write_config(family, config)
         read_again = GPTConfig(**read_config(family, config_json))
-    except ValueError:
-        return False
+    except ValueError as error:
+        return str(error)
     ignored = TRAINING + DETAILS
     if not config.groups:
         ignored += LOOP
     if config.position != "rope":
         ignored += ROPE
     if family_of(config_json) is not family:
-        return False
-    return explicit_fields(config, ignored) == explicit_fields(read_again, ignored)
+        return f"{family.name}: config.json is another family's"
+    written = explicit_fields(read_again, ignored)
+    for name, value in explicit_fields(config, ignored).items():
+        if value != written[name]:
+            return f"{name}={value!r}: must be {written[name]!r}"
+    return ""
 
 
 def explicit_fields(config: GPTConfig, ignored: tuple) -> dict:
@@ -555,8 +784,7 @@ def read_config(family: Family, config_json: dict) -> dict:
     Raises ValueError that names the first field which GPTConfig cannot express.
     """
     if family is OURS:
-        fields = {name: freeze(value) for name, value in config_json.items()}
-        return known_fields(fields, "config.json", also=("model_type", "tokenizer"))
+        return known_fields(read_ours(config_json), "config.json", also=("model_type", "tokenizer"))
     for name, demanded in family.demands.items():
         value = config_json.get(name)
         require(name, value, value in (demanded, None), repr(demanded))
@@ -564,6 +792,28 @@ def read_config(family: Family, config_json: dict) -> dict:
     for name in family.fields:
         args[name] = read_field(family, name, config_json)
     return args | {"max_loops": max_loops_for(args.get("n_loop", 1))}
+
+
+def read_ours(config_json: dict) -> dict:
+    """Return the fields in a config.json of ours; before "gpt" there was, they stood at its top."""
+    if "gpt" not in config_json:
+        return {name: freeze(value) for name, value in config_json.items()}
+    fields = {name: freeze(value) for name, value in get_object(config_json, "gpt").items()}
+    n_loop = freeze(config_json.get("n_loop", 1))
+    return fields | {"loop_counts" if isinstance(n_loop, tuple) else "n_loop": n_loop}
+
+
+def write_ours(config: GPTConfig) -> dict:
+    """Return config.json of ours; n_loop is the loops of every group, or a list of theirs."""
+    fields = asdict(config)
+    n_loop, counts = fields.pop("n_loop"), fields.pop("loop_counts")
+    return OURS.demands | {
+        "n_loop": counts or n_loop,
+        "gpt": fields,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.block_size,
+        "tie_word_embeddings": config.tie_weights,
+    }
 
 
 def known_fields(args: dict, holder: str, also: Sequence[str] = ()) -> dict:
@@ -615,7 +865,8 @@ def their_value(name: str, value: object) -> object:
     for theirs, ours in VALUES[name].items():
         if ours == value:
             return theirs
-    raise ValueError(f"{name}={value!r}: must be one of {', '.join(VALUES[name].values())}")
+    allowed = ", ".join(dict.fromkeys(VALUES[name].values()))
+    raise ValueError(f"{name}={value!r}: must be one of {allowed}")
 
 
 def max_loops_for(n_loop: int) -> int:
@@ -627,7 +878,7 @@ def max_loops_for(n_loop: int) -> int:
 def write_config(family: Family, config: GPTConfig) -> dict:
     """Return config.json in the words of a family. ValueError where it has none for a value."""
     if family is OURS:
-        return family.demands | asdict(config)
+        return write_ours(config)
     config = spell_out(config)
     config_json = family.demands | family.write_extra(config)
     for name in family.fields:
@@ -677,7 +928,8 @@ def prelude_core_coda(config: GPTConfig) -> dict:
 # -----------------------------------------------------------------------------
 # tensors
 
-IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "freqs_cis")  # no weights
+# no weights
+IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq", "rope.freqs", "freqs_cis")
 
 
 class Piece(NamedTuple):
@@ -710,6 +962,12 @@ def pieces(
             tensor = tensor.T
         for theirs, view in zip(stored, split_rows(config, tensor, len(stored))):
             yield Piece(name, theirs, view, tuple(view.shape))
+
+
+def without_tied_head(config: GPTConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors without the head's, where that is the embedding's."""
+    tied = ("lm_head.weight",) if config.tie_weights else ()
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
 
 def split_name(name: str) -> tuple[int | None, str]:
@@ -766,6 +1024,8 @@ def to_ours(family: Family, config: GPTConfig, name: str, tensor: Tensor) -> Ten
         return tensor.roll(config.n_embd, -1)  # [s, e] -> [e, s]
     if is_interleaved(family, name):
         return reorder_heads(config, tensor, (config.head_dim // 2, 2))
+    if family.centered_gains and tensor.dim() == 1 and name.endswith(".weight"):
+        return tensor + 1
     return tensor
 
 

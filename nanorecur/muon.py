@@ -6,6 +6,7 @@ The numbers and the state are torch.optim.Muon's, but matrices of one shape are 
 one batch, and the processes of a run divide every batch among them.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -20,10 +21,22 @@ MOST = 2**26  # entries of a batch in one process: more would take memory and sa
 MOST_ON_CPU = 2**21  # more would not stay in its cache
 
 
+@functools.cache
+def product_dtype(device_type: str) -> torch.dtype:
+    """Return the type in which matrices are orthogonalised: bfloat16, as torch.optim.Muon does.
+
+    float32 on processors without instructions for bfloat16, where it is 20 to 40 times as fast.
+    """
+    has_bfloat16 = device_type != "cpu"
+    if not has_bfloat16 and torch.backends.mkldnn.is_available():
+        has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Return matrices (n, rows, columns) with their singular values near to 1, in bfloat16."""
+    """Return matrices (n, rows, columns) with their singular values near to 1."""
     is_tall = matrices.size(1) > matrices.size(2)
-    x = matrices.bfloat16()
+    x = matrices.to(product_dtype(matrices.device.type))
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for a, b, c in QUINTIC:
@@ -104,7 +117,9 @@ class Muon(torch.optim.Optimizer):
         # a single matrix is not worth a message
         rank, world_size = (self.rank, self.world_size) if len(updates) > 1 else (0, 1)
         size = math.ceil(len(updates) / world_size)
-        part = torch.zeros(size, *updates[0].shape, dtype=torch.bfloat16, device=updates[0].device)
+        device = updates[0].device
+        dtype = product_dtype(device.type)
+        part = torch.zeros(size, *updates[0].shape, dtype=dtype, device=device)
         own = updates[rank * size : (rank + 1) * size]  # the last processes can have fewer, or none
         if own:
             torch._foreach_copy_(list(part[: len(own)]), own)
@@ -149,7 +164,7 @@ def gather(update: Tensor, p: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     layout = dict(shape=p.shape, stride=p.stride())
-    update = update.bfloat16()  # as it is orthogonalised
+    update = update.to(product_dtype(update.device.type))  # as it is orthogonalised
     return DTensor.from_local(update, p.device_mesh, p.placements, **layout).full_tensor()
 
 

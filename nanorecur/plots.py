@@ -186,6 +186,38 @@ def bits_to_nats(bits: np.ndarray) -> np.ndarray:
     return bits * np.log(2)
 
 
+COSTS = (("flops", "training FLOPs"), ("seconds", "seconds of training"))
+
+
+def draw_costs(curves: Runs) -> Figure:
+    """Draw cost_curves of run_table.py: losses against what training had cost, in a panel each.
+
+    A pale band: the range over seeds. Where nothing is looped, a horizontal line at the last loss,
+    with a dot at its cost.
+    """
+    known = [row for row in COSTS if not any(np.isnan(c[row[0]]).any() for c in curves.values())]
+    figure, axes = panels(len(known), 2, 4.2, 3.2)
+    for panel, (name, unit) in zip(axes, known):
+        for i, (run, data) in enumerate(curves.items()):
+            draw_cost(panel, data, name, i, escape(run))
+        panel.set_xscale("log")
+        name_axes(panel, unit, "validation loss (nats/token)")
+    add_legend(figure, axes[0])
+    return figure
+
+
+def draw_cost(panel: Axes, data: Arrays, name: str, number: int, label: str) -> None:
+    """Draw the losses of set number so many against one cost, and their range over seeds."""
+    cost, shade = data[name], dict(color=color(number), alpha=0.2, linewidth=0)
+    if data["looped"]:
+        panel.fill_between(cost, data["least"], data["largest"], **shade)
+        panel.plot(cost, data["loss"], **line_style(number, label=label))
+        return
+    panel.axhspan(data["least"][-1], data["largest"][-1], **shade)
+    panel.axhline(data["loss"][-1], **line_style(number, marker="", label=label))
+    panel.plot(cost[-1], data["loss"][-1], **line_style(number, linestyle=""))
+
+
 SWEEP = (
     ("loss", "loss (nats/token)"),
     ("bits_per_byte", "bits/byte"),
@@ -233,8 +265,9 @@ def draw_levels(run: str, data: Arrays) -> Figure:
     A star: the loops of the level. Dashed: levels beyond training.
     """
     figure, axes = panels(1, 1, 6.4, 3.6)
-    panel, count = axes[0], len(data["levels"])
-    shown = np.unique(np.linspace(0, count - 1, min(count, 8)).round().astype(int))
+    panel = axes[0]
+    trained, beyond = np.flatnonzero(~data["beyond"]), np.flatnonzero(data["beyond"])
+    shown = [*evenly(trained, 4), *evenly(beyond, 5)]
     for place, i in enumerate(shown):
         shade = to_hex(colormaps["viridis"](0.9 * place / max(1, len(shown) - 1)))
         known = ~np.isnan(data["accuracy"][i])
@@ -249,6 +282,13 @@ def draw_levels(run: str, data: Arrays) -> Figure:
     name_axes(panel, "loops", "accuracy", escape(run))
     add_legend(figure, panel)
     return figure
+
+
+def evenly(numbers: np.ndarray, most: int) -> np.ndarray:
+    """Return at most so many of ascending numbers (N,), evenly spaced, with the first and last."""
+    if len(numbers) <= most:
+        return numbers
+    return numbers[np.linspace(0, len(numbers) - 1, most).round().astype(int)]
 
 
 def draw_trained_range(panel: Axes, data: Arrays, name: str, color: str) -> None:

@@ -34,6 +34,7 @@ MAY_CHANGE = OF_THE_MACHINE | {
     "keep_every",
     "log_interval",
     "wandb_log",
+    "tensorboard",
     "wandb_project",
     "wandb_run_name",
     "wandb_mode",
@@ -101,9 +102,14 @@ def in_words(changed: dict[str, tuple]) -> str:
 
 
 def identity_of(meta: dict) -> dict[str, str]:
-    """Return what tells a prepared data set from another one: {split: sha256, or its tokens}."""
+    """Return what tells a prepared data set from another one: {split: sha256, or its tokens}.
+
+    Of targets that stand beside the tokens their sha256 too, as "<split> targets".
+    """
     splits = meta.get("splits", {})
-    return {name: str(split.get("sha256", split["tokens"])) for name, split in splits.items()}
+    found = {name: str(split.get("sha256", split["tokens"])) for name, split in splits.items()}
+    digests = meta.get("row", {}).get("targets_sha256", {})
+    return found | {f"{name} targets": digest for name, digest in digests.items()}
 
 
 def check_data(dataset: str, now: dict, ckpt: dict) -> None:

@@ -1,5 +1,6 @@
 """
-The log of a run: lines on the terminal, log.jsonl and sessions.jsonl in out_dir, Weights & Biases.
+The log of a run: lines on the terminal, log.jsonl and sessions.jsonl in out_dir, Weights & Biases,
+TensorBoard.
 """
 
 import json
@@ -33,7 +34,7 @@ class RunLog:
         """
         self.is_first, self.max_iters = is_first, config["max_iters"]
         self.folder = Path(config["out_dir"]) if writes else None
-        self.bar = self.wandb = None
+        self.bar = self.wandb = self.board = None
         self.last_line, self.silence = time.monotonic(), FIRST_SILENCE
         if is_first and writes:
             checkpoint.cut_log(self.folder / "log.jsonl", iter_num)
@@ -41,6 +42,8 @@ class RunLog:
                 self.bar = tqdm(total=self.max_iters, initial=iter_num, unit="step")
             if config["wandb_log"]:
                 self.wandb = start_wandb(config)
+            if config.get("tensorboard"):
+                self.board = start_tensorboard(self.folder, iter_num)
 
     # -------------------------------------------------------------------------
     # what is reported
@@ -99,6 +102,9 @@ class RunLog:
             self.append("log.jsonl", entry)
         if self.wandb:
             self.wandb.log(scalars(entry))
+        if self.board:
+            for name, value in scalars(entry).items():
+                self.board.add_scalar(name, value, entry["iter"])
 
     def append(self, name: str, entry: dict) -> None:
         with clear_errors(), open(self.folder / name, "a") as file:
@@ -123,6 +129,8 @@ class RunLog:
             self.bar.close()
         if self.wandb:
             self.wandb.finish()
+        if self.board:
+            self.board.close()
 
 
 # keys of a step's entry that are not means over its tokens
@@ -182,6 +190,28 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+# -----------------------------------------------------------------------------
+# TensorBoard
+
+
+def check_tensorboard(config: dict) -> None:
+    """Raise ValueError where tensorboard is missing. config: train.py's options."""
+    if not config.get("tensorboard"):
+        return
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        reason = "tensorboard is not installed; pip install tensorboard"
+        raise ValueError(f"tensorboard=True: {reason}") from None
+
+
+def start_tensorboard(folder: Path, iter_num: int) -> object:
+    """Return a writer into folder/tensorboard; earlier events from iter_num on are hidden."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder / "tensorboard", purge_step=iter_num)
 
 
 # -----------------------------------------------------------------------------

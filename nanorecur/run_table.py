@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from configurator import Knob, freeze, read_argument, require, show
@@ -27,7 +28,8 @@ from nanorecur.training_step import make_objective
 
 NAMES_ONLY = {"out_dir", "init_from", "wandb_run_name"}  # no part of an experiment
 NEUTRAL = OF_THE_MACHINE | NAMES_ONLY | {"log_interval", "save_interval", "keep_last", "keep_every"}
-NEUTRAL |= {"recompute", "wandb_log", "wandb_mode", "wandb_project"}  # may change between calls
+NEUTRAL |= {"recompute", "tensorboard"}  # may change between calls
+NEUTRAL |= {"wandb_log", "wandb_mode", "wandb_project"}
 RESUMABLE = ("scratch", "resume", "auto")  # values of init_from that name no other weights
 SCORES = ("loss", "bits_per_byte", "exact")  # what an evaluation says of a split, where it has it
 NOT_AVERAGED = ("run", "state", "steps", "loops")
@@ -249,6 +251,67 @@ def cost_cells(run: Run) -> dict:
 
 
 # -----------------------------------------------------------------------------
+# losses against cost
+
+
+def cost_curves(runs: list[Run]) -> dict[str, dict[str, np.ndarray]]:
+    """Return validation losses against cost, a curve for each set of runs that differ in the seed.
+
+    Arrays over the steps after 0 at which all runs of the set were evaluated: flops and seconds
+    spent on steps so far, loss, its least and its largest over the seeds. looped: False where
+    nothing is looped. seconds are nan where a log does not tell them.
+    """
+    curves = {}
+    for members in seed_sets(runs):
+        name = members[0].name
+        if len(members) > 1:
+            name += f", {len(members)} seeds"
+        by_step = [losses(run) for run in members]
+        steps = [step for step in by_step[0] if step and all(step in run for run in by_step)]
+        if steps:
+            spent = np.mean([spent_at(run, steps) for run in members], axis=0)
+            values = np.array([[run[step] for step in steps] for run in by_step])
+            curves[name] = {
+                "flops": spent[0],
+                "seconds": spent[1],
+                "loss": values.mean(0),
+                "least": values.min(0),
+                "largest": values.max(0),
+                "looped": np.array(bool(gpt_config(members[0].config).groups)),
+            }
+    return curves
+
+
+def seed_sets(runs: list[Run]) -> list[list[Run]]:
+    """Return runs in sets that differ in the seed alone; names and machines do not count."""
+    different = differing_options([run.config for run in runs])
+    sets = {}
+    for run in runs:
+        key = tuple(show(run.config.get(name, "")) for name in different if name != "seed")
+        sets.setdefault(key, []).append(run)
+    return list(sets.values())
+
+
+def spent_at(run: Run, steps: list[int]) -> np.ndarray:
+    """Return the FLOPs and seconds that a run had spent on training before these steps, (2, n)."""
+    done, flops, seconds = [0], [0.0], [0.0]
+    for entry in run.log:
+        if "flops" in entry and "elapsed" in entry:
+            done.append(entry["iter"] + 1)
+            flops.append(entry["flops"])
+            seconds.append(entry["elapsed"])
+    if len(done) == 1:  # the log of an earlier version
+        of_one = mean_flops(run.config, model_of(run.config)) * tokens_per_step(run.config)
+        return np.stack((of_one * np.array(steps), np.full(len(steps), np.nan)))
+    beyond = np.maximum(1, np.array(steps) / done[-1])  # behind the last such line, in proportion
+    return np.stack([beyond * np.interp(steps, done, spent) for spent in (flops, seconds)])
+
+
+def gpt_config(config: dict) -> GPTConfig:
+    return GPTConfig(**{name: config[name] for name in GPTConfig.__dataclass_fields__})
+
+
+# -----------------------------------------------------------------------------
 # the table
 
 
@@ -284,13 +347,10 @@ def table_rows(runs: list[Run], curve: dict | None = None) -> list[dict]:
 
 def seed_rows(runs: list[Run], rows: list[dict], different: list[str]) -> list[dict]:
     """Return a mean and a standard error of the finished runs that differ in the seed alone."""
-    sets = {}
-    for run, row in zip(runs, rows):
-        if is_finished(run):
-            key = tuple(row[name] for name in different if name != "seed")
-            sets.setdefault(key, {})[run.config.get("seed")] = row
+    row_of = {id(run): row for run, row in zip(runs, rows)}
     added = []
-    for by_seed in sets.values():
+    for members in seed_sets([run for run in runs if is_finished(run)]):
+        by_seed = {run.config.get("seed"): row_of[id(run)] for run in members}
         if len(by_seed) > 1:
             added += mean_and_error(list(by_seed.values()), different)
     return added

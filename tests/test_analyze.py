@@ -77,8 +77,8 @@ class Parsed(HTMLParser):
             self.cells.append(data)
 
 
-PICTURES = """curves sweep states trajectories residual exits pareto attention distances spectra
-    map_0_1 map_1_1""".split()
+PICTURES = """curves costs sweep states trajectories residual exits pareto attention distances
+    spectra map_0_1 map_1_1""".split()
 
 
 @pytest.mark.slow
@@ -302,6 +302,34 @@ def drawn_lines(figure):
     return figure.axes[0].lines
 
 
+def test_costs_are_lines_with_the_range_of_seeds_and_plain_runs_are_horizontal():
+    def curve(looped, seconds):
+        loss = np.array([3.0, 2.0])
+        cost = dict(flops=np.array([1e9, 2e9]), seconds=np.array(seconds))
+        band = dict(least=loss - 0.1, largest=loss + 0.3)
+        return {**cost, "loss": loss, **band, "looped": np.array(looped)}
+
+    data = {"looped": curve(True, [1.0, 2.0]), "plain": curve(False, [3.0, 6.0])}
+    figure = plots.draw_costs(data)
+    assert [panel.get_xlabel() for panel in figure.axes] == [
+        "training FLOPs",
+        "seconds of training",
+    ]
+    for panel, cost in zip(figure.axes, ("flops", "seconds")):
+        line, level, dot = panel.lines
+        x, y = line.get_xydata().T
+        assert list(x) == list(data["looped"][cost]) and list(y) == [3.0, 2.0]
+        assert list(level.get_ydata()) == [2.0, 2.0] and list(level.get_xdata()) == [0, 1]
+        assert dot.get_xydata().tolist() == [[data["plain"][cost][-1], 2.0]]
+        (band,) = panel.collections
+        assert sorted(set(band.get_paths()[0].vertices[:, 1])) == pytest.approx(
+            [1.9, 2.3, 2.9, 3.3]
+        )
+        assert sorted(set(panel.patches[0].get_corners()[:, 1])) == pytest.approx([1.9, 2.3])
+    unknown = plots.draw_costs(data | {"older": curve(True, [np.nan, np.nan])})
+    assert [panel.get_xlabel() for panel in unknown.axes] == ["training FLOPs"]
+
+
 @pytest.mark.slow
 def test_curves_sweep_and_states_are_drawn_as_stored(page):
     folder, _ = page
@@ -316,6 +344,10 @@ def test_curves_sweep_and_states_are_drawn_as_stored(page):
     ):
         points = np.stack((curves[run][x], curves[run][y]), axis=1)
         np.testing.assert_array_equal(drawn_line(figure, 0, line), points)
+    costs = stored(folder, "costs")
+    points = np.stack((costs["looped"]["flops"], costs["looped"]["loss"]), axis=1)
+    np.testing.assert_array_equal(drawn_line(plots.draw_costs(costs), 0, 0), points)
+    assert costs["looped"]["looped"] and not costs["plain"]["looped"]
     sweep = stored(folder, "sweep")
     points = np.stack((sweep["looped"]["loops"], sweep["looped"]["loss"]), axis=1)
     np.testing.assert_array_equal(drawn_line(plots.draw_sweep(sweep), 0, 1), points)

@@ -296,7 +296,8 @@ def test_hops_lead_where_they_lead_one_by_one(tmp_path, strokes):
 def test_prefixes_sum_up(tmp_path, modulus):
     options = (f"--modulus={modulus}", "--length=9", "--hard_lengths=20,30", "--train_rows=90")
     for text, targets, level in prepared("prefix", tmp_path, *options, "--val_rows=5"):
-        digits = [int(digit) for digit in text.strip()]
+        assert text[0] == "|"
+        digits, targets = [int(digit) for digit in text[1:].strip()], targets[1:]
         assert len(digits) == level
         assert targets[:level] == [str(sum(digits[: i + 1]) % modulus) for i in range(level)]
         assert not any(targets[level:])
@@ -308,7 +309,8 @@ def test_columns_add_up(tmp_path, terms):
     for text, targets, level in prepared(
         "addition", tmp_path, *options, "--train_rows=90", "--val_rows=5"
     ):
-        digits = text.rstrip()
+        assert text[0] == "|"
+        digits, targets = text[1:].rstrip(), targets[1:]
         numbers = [int(digits[i::terms][::-1]) for i in range(terms)]
         assert max(len(str(number)) for number in numbers) == level
         ends = targets[terms - 1 :: terms]

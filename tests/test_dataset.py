@@ -4,30 +4,39 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import sysconfig
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
-from conftest import Run, logged, prose, train
+import torch
+from conftest import Run, assert_refused, logged, prose, train
+from test_tokenizer import END, byte_level, write_folder
 
 from nanorecur import checkpoint
 from nanorecur.dataset import (
     DATA,
+    AnswerRow,
     Split,
+    arrays_of,
     check_meta,
     download,
     load_meta,
     open_split,
     permute,
     random_key,
+    window_of,
+    write_answers,
     write_dataset,
     write_task,
 )
 from nanorecur.files import runs_here, sha256, write_atomically, write_part
-from nanorecur.tokenizer import GPT2_SHA256, identity, make_tokenizer
+from nanorecur.tokenizer import GPT2_SHA256, identity, make_tokenizer, tokenizer_of_folder
+from pretrained import load
 
 BYTES = {"tokenizer": "bytes"}
 TEXT = "To be, or not to be: that is the question.\nÄ\x00é \U0001f600"
@@ -520,3 +529,146 @@ def test_a_model_trains_on_shards(shards, tmp_path):
     ratio = 200 / load_meta(shards[0])["splits"]["val"]["bytes"]
     assert loss["bits_per_byte"] == pytest.approx(loss["bits_per_token"] * ratio)
     assert checkpoint.load(tmp_path / "out")["tokenizer"]["tokenizer"] == "gpt2"
+
+
+# -----------------------------------------------------------------------------
+# prompts and their answers
+
+
+def write_pairs(path, count=40):
+    """Write prompts and answers of many lengths as JSON lines and return them."""
+    pairs = []
+    for i in range(count):
+        prompt = f"{i} {prose(i, 1 + i % 5)}"
+        pairs.append((prompt, " " + prose(i + 100, 1 + i % 3) + "\u00e9" * (i % 2)))
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return pairs
+
+
+def prepare_pairs(folder, *arguments):
+    """Write pairs into a.jsonl and prepare them; return (pairs, run)."""
+    pairs = write_pairs(folder / "a.jsonl")
+    out = f"--out_dir={folder / 'data'}"
+    return pairs, Run("data/text/prepare.py", folder / "a.jsonl", out, *arguments)
+
+
+def nats_of_answer(model, asked, answered):
+    """Return the summed loss of an answer's ids behind those of its prompt."""
+    ids = torch.tensor([asked + answered])
+    targets = ids[:, 1:].clone()
+    targets[:, : len(asked) - 1] = -1
+    return model(ids[:, :-1], targets)[1].item() * len(answered)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "char", "hf"])
+def test_the_loss_of_prompts_and_answers_is_that_of_the_answers_alone(tmp_path, kind):
+    """Against each row by itself, unpadded; the separator is the last token of an answer."""
+    name = kind
+    if kind == "hf":
+        name = f"hf:{write_folder(tmp_path / 'hf', byte_level(), END)}"
+    pairs, run = prepare_pairs(tmp_path, f"--tokenizer={name}", "--val_share=0.3")
+    assert run.code == 0, run.err
+    meta = load_meta(tmp_path / "data")
+    (window,) = re.findall(r"--block_size=(\d+) ", run.out)
+    assert int(window) == window_of(meta["row"])
+    options = (f"--block_size={window}", "--max_iters=4", "--eval_interval=4", "--eval_iters=3")
+    trained = train(tmp_path / "data", tmp_path / "out", *options)
+    assert trained.code == 0, trained.err
+    model, tokenizer = load(tmp_path / "out"), make_tokenizer(meta)
+    end = {"bytes": [0], "char": [], "hf": [259]}[kind]
+    rows = (tmp_path / "data" / "val.bin").read_bytes()
+    rows = np.frombuffer(rows, "<u2").reshape(12, int(window))
+    total, n_targets, n_bytes, held_out = 0.0, 0, 0, 0
+    for prompt, answer in pairs:
+        asked = tokenizer.encode(prompt)
+        if not (rows[:, : len(asked)] == asked).all(1).any():
+            continue
+        answered = tokenizer.encode(answer) + end
+        total += nats_of_answer(model, asked, answered)
+        n_targets += len(answered)
+        n_bytes += len(answer.encode())
+        held_out += 1
+    assert held_out == 12
+    scores = logged(tmp_path / "out", "eval")[-1][1]
+    assert scores["split"] == "val"
+    assert scores["loss"] == pytest.approx(total / n_targets, rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_answers_to_one_prompt_are_in_one_split_and_each_pair_in_one(tmp_path):
+    pairs = [(f"{min(i, 20)} is", f" {i}.") for i in range(60)]  # 40 answers to one prompt
+    meta = write_answers(tmp_path, BYTES, pairs, 0.25)
+    found = {}
+    for name in ("train", "val"):
+        part = split(tmp_path, meta["row"]["length"], name)
+        x, _ = part.windows(np.arange(part.n_windows) * part.step)
+        found[name] = {bytes(row.astype(np.uint8)).rstrip(b"\0").decode() for row in x}
+    prompts = {name: {text.split(" is")[0] for text in texts} for name, texts in found.items()}
+    assert not prompts["train"] & prompts["val"]
+    assert len(prompts["val"]) == 5  # of 21
+    assert found["train"] | found["val"] == {prompt + answer for prompt, answer in pairs}
+
+
+@pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 9])
+def test_every_id_of_a_large_vocabulary_can_be_a_target(size):
+    """Of 65,536 ids uint16 holds the tokens, but no number besides them."""
+    tokenizer = SimpleNamespace(vocab_size=size)
+    rows = [AnswerRow([3, 5, size - 1], 1, 2), AnswerRow([4, size - 1], 1, 1)]
+    tokens, targets = arrays_of(rows, 3, tokenizer)
+    row = {"length": 3, "prompt": 1, "targets": True}
+    part = Split("val", tokens.flatten(), 3, 3, size, row, targets=targets.flatten())
+    x, y = part.windows(np.array([0, 3]))
+    assert x.tolist() == [[3, 5], [4, 0]]
+    assert y.tolist() == [[5, size - 1], [size - 1, -1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size, dtype", [(2**16, "uint16"), (2**16 + 9, "uint32")])
+def test_answers_in_a_large_vocabulary_are_read_as_they_were_written(tmp_path, size, dtype):
+    fields = tokenizer_of_folder(write_folder(tmp_path, byte_level(padding=size - 260), END))
+    meta = write_answers(tmp_path, fields, [("be", " t"), ("b", "e\u00e9")], 0.5)
+    assert meta["dtype"] == dtype
+    for name in ("train", "val"):
+        part = open_split(tmp_path, name, meta, meta["row"]["length"], size)
+        _, y = part.windows(np.array([0]))
+        assert y.max() == size - 1  # the separator
+        assert (y >= 0).sum() == meta["row"]["n_targets"][name]
+
+
+def test_rows_longer_than_block_size_are_left_out_and_counted(tmp_path):
+    pairs, run = prepare_pairs(tmp_path, "--block_size=40", "--val_share=0.3")
+    assert run.code == 0, run.err
+    fits = [len((prompt + answer).encode()) <= 40 for prompt, answer in pairs]
+    assert 10 < sum(fits) < 40
+    n_left_out = sum(map(int, re.findall(r"(\d+) of \d+ rows are longer than 40", run.out)))
+    meta = load_meta(tmp_path / "data")
+    kept = [rows for ((_, rows),) in meta["row"]["levels"].values()]
+    assert sum(kept) == sum(fits) == 40 - n_left_out
+    assert meta["row"]["length"] == 40
+
+
+WRONG_PAIRS = [
+    ('{"prompt": "a"}\n', "must be an object with texts named prompt and answer"),
+    ('{"prompt": "a", "answer": 3}\n', "line 1='{"),
+    ('{"prompt": "a", "answer": "b"}\n{"text": "c"}\n', "line 2='{"),
+    ('{"prompt": "a", "answer": "b"}\nnothing\n', "line 2='nothing': must be an object"),
+    ('{"prompt": "a", "answer": "b"}\n', "val_share=0.05: must leave some of 1 different prompts"),
+    ('{"prompt": "", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n', "must not be empty"),
+    ('{"prompt": "a", "answer": ""}\n{"prompt": "c", "answer": "d"}\n', "must not be empty"),
+]
+
+
+@pytest.mark.parametrize("text, words", WRONG_PAIRS)
+def test_lines_that_are_no_pairs_are_refused(tmp_path, text, words):
+    (tmp_path / "a.jsonl").write_text(text)
+    run = Run("data/text/prepare.py", tmp_path / "a.jsonl", f"--out_dir={tmp_path / 'data'}")
+    assert_refused(run, words)
+
+
+def test_a_block_size_that_leaves_no_rows_or_has_no_prompts_is_refused(tmp_path):
+    _, run = prepare_pairs(tmp_path, "--block_size=2")
+    assert run.code == 2 and "block_size=2: must leave rows for train" in run.err
+    (tmp_path / "a.txt").write_text("to be")
+    run = Run("data/text/prepare.py", tmp_path / "a.txt", "--block_size=9", f"--out_dir={tmp_path}")
+    assert_refused(run, "block_size=9: must be 0 without prompts and answers")

@@ -6,7 +6,7 @@ from conftest import build
 
 from model import TABLES, GPTConfig
 from nanorecur import families
-from nanorecur.families import EXPORTED, GPT2, HUGINN, OURO, PARCAE, RETROFITTED
+from nanorecur.families import EXPORTED, GPT2, HUGINN, NANBEIGE, OURO, PARCAE, RETROFITTED
 
 NAMES = {id(family): family.demands["model_type"] for family in EXPORTED}
 NAMES |= {id(family): f"retrofitted {name}" for name, family in RETROFITTED.items()}
@@ -17,8 +17,10 @@ def config_of(family, **overrides):
     """Return a tiny config of a family; of four blocks, two in a loop where it has one."""
     looped = "n_block" in family.fields
     shape = dict(n_prelude=1, n_block=2, n_coda=1, n_loop=3) if looped else dict(n_layer=4)
-    if family is OURO:
+    if family in (OURO, NANBEIGE):
         shape = dict(n_block=4, n_loop=3)
+    if family is NANBEIGE:
+        shape |= dict(loop_norm="rmsnorm", final_norm=False)
     sizes = dict(block_size=16, vocab_size=61, n_embd=32, n_head=4, n_hidden=48)
     return GPTConfig(**{**family.defaults, **family.fixed, **sizes, **shape, **overrides})
 

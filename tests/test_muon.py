@@ -38,7 +38,37 @@ def make_steps(optimizer, steps):
 # one process
 
 
-def test_twenty_steps_are_those_of_torch():
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+def any_dtype(request, monkeypatch):
+    """The type in which matrices are orthogonalised, here one after the other."""
+    monkeypatch.setattr(muon, "product_dtype", lambda device_type: request.param)
+    return request.param
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    monkeypatch.setattr(muon, "product_dtype", lambda device_type: torch.bfloat16)
+
+
+def test_float32_is_bfloat16_without_its_rounding(any_dtype, monkeypatch):
+    stack = torch.stack(matrices(4 * [(16, 48)])).detach()
+    got = orthogonalize(stack)
+    assert got.dtype == any_dtype
+    monkeypatch.setattr(muon, "product_dtype", lambda device_type: torch.float64)
+    error = (got - orthogonalize(stack)).norm() / got.norm()
+    assert error < (1e-5 if any_dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_processors_without_bfloat16_compute_in_float32(supported, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    found = muon.product_dtype.__wrapped__("cpu")
+    assert found == (torch.bfloat16 if supported else torch.float32)
+    assert muon.product_dtype.__wrapped__("cuda") == torch.bfloat16
+
+
+def test_twenty_steps_are_those_of_torch(bfloat16):
     ours, theirs = matrices(), matrices()
     before = [p.detach().clone() for p in ours]
     make_steps(Muon(ours, lr=0.02, weight_decay=0.3, momentum=0.9), range(20))
@@ -53,7 +83,7 @@ def test_the_defaults_are_those_of_torch():
         assert theirs.defaults[name] == value
 
 
-def test_a_state_that_torchs_muon_saved_goes_on():
+def test_a_state_that_torchs_muon_saved_goes_on(bfloat16):
     ours, theirs = matrices(), matrices()
     their_muon = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.3)
     make_steps(their_muon, range(3))
@@ -84,7 +114,7 @@ def test_what_is_no_matrix_is_refused():
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
-def test_singular_values_are_brought_near_to_one_and_vectors_stay(shape):
+def test_singular_values_are_brought_near_to_one_and_vectors_stay(shape, any_dtype):
     stack = torch.stack(matrices(4 * [shape])).detach()
     got = orthogonalize(stack).float()
     u, values, v = torch.linalg.svd(stack, full_matrices=False)
@@ -95,7 +125,7 @@ def test_singular_values_are_brought_near_to_one_and_vectors_stay(shape):
 
 
 def test_a_matrix_of_zeros_stays_one():
-    assert torch.equal(orthogonalize(torch.zeros(2, 8, 4)), torch.zeros(2, 8, 4).bfloat16())
+    assert torch.equal(orthogonalize(torch.zeros(2, 8, 4)).float(), torch.zeros(2, 8, 4))
 
 
 def uneven(shape):

@@ -524,6 +524,12 @@ def change(folder, **fields):
     (folder / "config.json").write_text(json.dumps(config_json))
 
 
+def change_gpt(folder, **fields):
+    """Replace fields of GPTConfig in a folder of ours."""
+    gpt = json.loads((folder / "config.json").read_text())["gpt"]
+    change(folder, gpt=gpt | fields)
+
+
 GONE = "gone"
 
 
@@ -673,7 +679,7 @@ def test_a_dropped_field_is_ignored_at_its_default(name, default, tmp_path):
     expected = logits(model, tokens())
     assert torch.equal(logits(pretrained.build(ckpt), tokens()), expected)
     export(model, tmp_path)
-    change(tmp_path, **{name: default})
+    change_gpt(tmp_path, **{name: default})
     assert torch.equal(logits(load(tmp_path), tokens()), expected)
 
 
@@ -683,7 +689,7 @@ def test_a_dropped_option_that_was_used_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=f"^{message}$"):
         pretrained.build(ckpt)
     export(model, tmp_path)
-    change(tmp_path, embedding_norm=True)
+    change_gpt(tmp_path, embedding_norm=True)
     with pytest.raises(ValueError, match=f": {message}$"):
         load(tmp_path)
 
@@ -693,7 +699,7 @@ def test_unknown_fields_are_not_guessed(tmp_path):
     with pytest.raises(ValueError, match="model_args has n_expert, which GPTConfig does not know"):
         pretrained.build(ckpt)
     export(model, tmp_path)
-    change(tmp_path, n_expert=8)
+    change_gpt(tmp_path, n_expert=8)
     with pytest.raises(ValueError, match="config.json has n_expert, which GPTConfig does not know"):
         load(tmp_path)
 
@@ -1269,6 +1275,14 @@ OURS = {
         tie_weights=False,
         n_hidden=48,
     ),
+    "nanbeige": dict(
+        n_prelude=0,
+        n_coda=0,
+        **LLAMA_BLOCKS,
+        final_norm=False,
+        input_injection="passthrough",
+        n_kv_head=2,
+    ),
     "parcae": dict(
         **PARCAE_BLOCKS,
         qk_norm="rotated",
@@ -1310,6 +1324,7 @@ FORMATS = {  # model_type of the exported config.json; of the others nanorecur
     "huginn": "huginn_raven",
     "retrofitted": "huginn_raven",
     "ouro": "ouro",
+    "nanbeige": "nanbeige",
     "parcae": "parcae",
     "parcae, capped": "parcae",
 }
@@ -1320,7 +1335,11 @@ def test_export_and_load_are_the_identity(name, tmp_path):
     model = build(spread=0.2, **OURS[name])
     tokenizer = {"tokenizer": "bytes"}
     export(model, tmp_path, tokenizer)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    files = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    files |= {"tokenizer.json", "tokenizer_config.json"}
+    if name not in FORMATS:
+        files |= {"model.py", "modeling_nanorecur.py"}
+    assert {path.name for path in tmp_path.iterdir()} == files
     config_json = json.loads((tmp_path / "config.json").read_text())
     assert config_json["model_type"] == FORMATS.get(name, "nanorecur")
     assert config_json["tokenizer"] == pretrained.tokenizer_of(tmp_path) == tokenizer
@@ -1473,7 +1492,11 @@ def test_a_run_that_is_missing_is_answered_with_those_that_lie_here(tmp_path):
         ("plain", "GPT-2's format; transformers and pretrained.load open it"),
         ("llama", "Llama's format; transformers and pretrained.load open it"),
         ("retrofitted", "Huginn's format; pretrained.load opens it"),
-        ("mla", "nanoRecur's own format; pretrained.load opens it"),
+        (
+            "mla",
+            "nanoRecur's own format; transformers with trust_remote_code=True and pretrained.load"
+            " open it",
+        ),
     ],
 )
 def test_export_takes_any_source_and_says_what_opens_the_result(name, words, tmp_path):

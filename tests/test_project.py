@@ -17,6 +17,8 @@ from model import GPT, GPTConfig
 from nanorecur import checkpoint
 
 README = (ROOT / "README.md").read_text()
+OPTIONS = (ROOT / "docs" / "options.md").read_text()
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 # -----------------------------------------------------------------------------
@@ -57,7 +59,9 @@ def model_of(path):
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_parses_and_builds_a_model_of_the_size_that_its_head_names(path):
     given, model = model_of(path)
-    assert (ROOT / "data" / given["dataset"] / "prepare.py").exists()
+    own_text = read_knobs(ROOT / "data" / "text" / "prepare.py")["name"].value
+    folder = "text" if given["dataset"] == own_text else given["dataset"]
+    assert (ROOT / "data" / folder / "prepare.py").exists()
     named = re.search(r"([\d.]+)M(?: parameters|\) on)", head_of(path))
     if named:
         decimals = len(named[1].partition(".")[2])
@@ -83,7 +87,15 @@ def test_the_head_of_a_config_names_command_hardware_time_and_loss(path):
 # -----------------------------------------------------------------------------
 # README and docstrings: options
 
-SCRIPTS = ["train.py", "sample.py", "bench.py", "analyze.py", "pretrained.py", "tests/torture.py"]
+SCRIPTS = [
+    "train.py",
+    "sample.py",
+    "eval.py",
+    "bench.py",
+    "analyze.py",
+    "pretrained.py",
+    "tests/torture.py",
+]
 PREPARE = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("data/*/prepare.py"))
 SLURMS = {"signal"}
 PLACEHOLDER = {"key"}  # of --key=value
@@ -151,8 +163,9 @@ def test_each_command_of_a_docstring_has_options_of_its_own_script_alone(path):
 def test_options_in_the_head_of_a_config_are_of_the_scripts_that_it_names(path):
     head = head_of(path)
     known = options_of("train.py") | options_of_torchrun()
-    for script in re.findall(r"data/\w+/prepare\.py", head):
-        known |= options_of(script)
+    for script in SCRIPTS + PREPARE:
+        if re.search(rf"(?<![\w/]){script}", head):
+            known |= options_of(script)
     assert named_options(head) <= known
 
 
@@ -189,11 +202,19 @@ def option_cells(section):
     return cells
 
 
-@pytest.mark.parametrize("heading", ["Train", "Sample"])
-def test_the_tables_of_options_name_options(heading):
-    cells = option_cells(sections(README)[heading])
+@pytest.mark.parametrize(
+    "page, heading, script",
+    [
+        (README, "Train", "train.py"),
+        (OPTIONS, "What is looped, and how", "train.py"),
+        (OPTIONS, "How it is trained", "train.py"),
+        (OPTIONS, "Sampling", "sample.py"),
+    ],
+)
+def test_the_tables_of_options_name_options(page, heading, script):
+    cells = option_cells(sections(page)[heading])
     assert len(cells) >= 4
-    known = options_of("train.py" if heading == "Train" else "sample.py")
+    known = options_of(script)
     for cell in cells:
         for name in re.findall(r"`(\w+)", cell):
             assert name in known, name
@@ -210,8 +231,28 @@ def test_links_and_images_exist(text):
             assert (ROOT / target.partition("#")[0]).exists(), target
 
 
-def test_the_readme_shows_its_images_and_no_asset_is_forgotten():
-    images = set(re.findall(r"!\[[^\]]+\]\((assets/[^)]+)\)", README))
+@pytest.mark.parametrize("page", DOCS)
+def test_links_and_options_of_the_other_pages_exist(page):
+    text = DOCS[page]
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if not target.startswith(("https://", "http://")):
+            assert (ROOT / "docs" / target.partition("#")[0]).exists(), target
+    known = set().union(*map(options_of, [*SCRIPTS, *PREPARE])) | options_of_torchrun() | SLURMS
+    for code in re.findall(r"`([^`]+)`", without_code_blocks(text)):
+        assert named_options(code) <= known, code
+    for block in code_blocks(text):
+        assert_options_are_known(commands_in(block))
+
+
+def test_the_readme_is_no_manual():
+    lines = README.splitlines()
+    assert len(lines) <= 300
+    assert [line for line in lines if len(line) > 120] == []
+
+
+def test_pages_show_their_images_and_no_asset_is_forgotten():
+    text = "\n".join([README, *DOCS.values()])
+    images = set(re.findall(r"!\[[^\]]+\]\((?:\.\./)?(assets/[^)]+)\)", text))
     pictures = {path for path in (ROOT / "assets").iterdir() if path.suffix in (".png", ".svg")}
     assert {ROOT / image for image in images} == pictures
 
@@ -238,7 +279,7 @@ def test_the_readmes_test_command_is_what_ci_runs():
 
 
 def test_the_readmes_example_in_python_runs():
-    (example,) = code_blocks(sections(README)["Train"], "python")
+    (example,) = code_blocks(README, "python")
     idx = torch.randint(50304, (1, 4))
     scope = dict(GPT=GPT, GPTConfig=GPTConfig, idx=idx, targets=idx)
     scope["embeddings"] = torch.randn(1, 4, 768)

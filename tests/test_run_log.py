@@ -1,4 +1,4 @@
-"""The log of a run: the terminal, log.jsonl, Weights & Biases."""
+"""The log of a run: the terminal, log.jsonl, Weights & Biases, TensorBoard."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanorecur.run_log import RunLog, check_wandb
+from nanorecur.run_log import RunLog, check_tensorboard, check_wandb
 
 
 def run_log(folder, iter_num=0, is_first=True, writes=True, **options):
@@ -170,3 +170,55 @@ def test_without_a_login_wandb_is_refused_in_words(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import fails
     with pytest.raises(ValueError, match="wandb is not installed"):
         check_wandb(config)
+
+
+# -----------------------------------------------------------------------------
+# TensorBoard
+
+
+def test_tensorboard_gets_the_same_numbers_and_a_resumed_run_goes_on_in_its_folder(
+    tmp_path, monkeypatch
+):
+    """A stand-in for the package keeps what it is told."""
+    begun, told = [], []
+
+    def writer(folder, purge_step):
+        begun.append((folder, purge_step))
+
+        def add_scalar(name, value, step):
+            told.append((name, value, step))
+
+        return SimpleNamespace(add_scalar=add_scalar, close=lambda: told.append("closed"))
+
+    fake = SimpleNamespace(SummaryWriter=writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    log = run_log(tmp_path, tensorboard=True)
+    log.write(STEP, "")
+    log.write(EVALUATION, "")
+    log.close()
+    assert ("train/loss", 2.5, 7) in told and ("val/loss@8", 1.8, 8) in told
+    assert told[-1] == "closed"
+    run_log(tmp_path, iter_num=5, tensorboard=True)
+    folder = tmp_path / "tensorboard"
+    assert begun == [(folder, 0), (folder, 5)]
+    check_tensorboard({"tensorboard": True})
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # an import fails
+    check_tensorboard({"tensorboard": False})
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        check_tensorboard({"tensorboard": True})
+
+
+def test_tensorboard_reads_what_was_written(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for iter_num in (0, 7):  # killed in step 7, it is done again
+        log = run_log(tmp_path, iter_num=iter_num, tensorboard=True)
+        log.write({**STEP, "loss": 2.5 - iter_num / 10}, "")
+        log.write(EVALUATION, "")
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (point,) = events.Scalars("train/loss")
+    assert (point.step, round(point.value, 4)) == (7, 1.8)
+    assert [point.step for point in events.Scalars("val/loss@8")] == [8]

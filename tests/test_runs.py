@@ -1,6 +1,7 @@
 """Many runs: grids, tables, reference curves, and runs.py, which trains and compares."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -163,6 +164,32 @@ def test_means_are_over_runs_that_differ_in_the_seed_alone(tmp_path, config):
     assert error["loss"] == pytest.approx(spread / sqrt(3))
     assert mean["loss_at_1"] == pytest.approx(5.5 / 3 + 0.1)
     assert mean["bits_per_byte"] == pytest.approx(5.5 / 2)
+
+
+def test_losses_against_cost_are_means_over_seeds_with_their_range(tmp_path, config):
+    found = []
+    for seed, loss, pace in [(1, 3.0, 1.0), (2, 4.0, 2.0)]:
+        log = log_of(loss)
+        log.insert(5, evaluation(4, loss + 1))  # before step 4
+        for entry in log:
+            if "eval" not in entry and entry["iter"] in (2, 5):
+                done = entry["iter"] + 1
+                entry |= {"tokens": done, "flops": done * 1e9, "elapsed": done * pace}
+        found.append(write_run(tmp_path / f"s{seed}", config, log, seed=seed))
+    plain = {"n_block": 0, "n_prelude": 0, "n_coda": 0, "n_layer": 2, "n_loop": 1}
+    found.append(write_run(tmp_path / "plain", config, log_of(5.0), **plain))
+    curves = run_table.cost_curves([run_table.read_run(folder) for folder in found])
+    name = f"{tmp_path / 's1'}, 2 seeds"
+    assert list(curves) == [name, str(tmp_path / "plain")]
+    assert curves[name]["flops"].tolist() == [4e9, 8e9]  # between lines, and behind the last one
+    assert curves[name]["seconds"].tolist() == [6.0, 12.0]
+    assert curves[name]["loss"].tolist() == [4.5, 3.5]
+    assert curves[name]["least"].tolist() == [4.0, 3.0]
+    assert curves[name]["largest"].tolist() == [5.0, 4.0]
+    assert curves[name]["looped"] and not curves[str(tmp_path / "plain")]["looped"]
+    (row,) = rows_of(tmp_path / "plain")
+    assert curves[str(tmp_path / "plain")]["flops"].tolist() == [row["flops"]]
+    assert all(map(math.isnan, curves[str(tmp_path / "plain")]["seconds"]))
 
 
 def test_the_formats_show_the_same_rows(tmp_path, config):

@@ -51,10 +51,11 @@ def spelled(token):
 def byte_level(padding=0, swapped=False):
     """Return the same tokens as a byte-level BPE of the tokenizers package.
 
-    padding: ids without a token before the separator; swapped: exchange two ids.
+    padding: number of ids before the separator that no text has; swapped: exchange two ids.
     """
     vocab = {spelled(bytes([i])): i for i in range(256)}
     vocab |= {spelled(token): 256 + i for i, token in enumerate(MERGES)}
+    vocab |= {f"unused {i}": len(vocab) + i for i in range(padding)}
     if swapped:
         vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     merges = [(spelled(token[:1]), spelled(token[1:])) for token in MERGES]

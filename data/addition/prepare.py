@@ -9,11 +9,12 @@ hard_digits=5, 123 + 904 = 1027 is
 
     "321  +409  =" "7201  "
 
-With columns the digits of one place stand together, those of the ones first, and the sum's digit is
-the target of the last of them, beside the row and unseen by the model:
+With columns the digits of one place stand together, those of the ones first, behind a mark of the
+beginning, and the sum's digit is the target of the last of them, beside the row and unseen by the
+model:
 
-    row       3 4   2 0   1 9   0 0
-    targets   - 7   - 2   - 0   - 1
+    row       |   3 4   2 0   1 9   0 0
+    targets   -   - 7   - 2   - 0   - 1
 """
 
 import random
@@ -71,11 +72,10 @@ def make_columns(level: int, rng: random.Random) -> tuple[str, list]:
     n_columns = len(str(terms * (10**level - 1)))
     numbers = [rng.randrange(smallest(level), 10**level) for _ in range(terms)]
     digits = [f"{number:0{n_columns}}"[::-1] for number in numbers]
-    row = "".join(map("".join, zip(*digits)))
-    targets = []
+    row, targets = "|" + "".join(map("".join, zip(*digits))), [None]
     for digit in f"{sum(numbers):0{n_columns}}"[::-1]:
         targets += [None] * (terms - 1) + [digit]
-    width = terms * len(str(terms * (10**hard_digits - 1)))
+    width = 1 + terms * len(str(terms * (10**hard_digits - 1)))
     return row.ljust(width), targets + [None] * (width - len(row))
 
 
@@ -91,6 +91,6 @@ with clear_errors():
     sizes = {"train": train, "val": val, "hard": hard}
     folder = out_dir or Path(__file__).parent
     if columns:
-        write_targets_task(folder, "0123456789 ", make_columns, sizes, seed)
+        write_targets_task(folder, "0123456789| ", make_columns, sizes, seed)
     else:
         write_task(folder, "0123456789+= ", make, sizes, seed)

@@ -3,12 +3,13 @@ Write the task of sums modulo m over all beginnings of a string:
 
     python data/prefix/prepare.py [--modulus=2 --length=32 --hard_lengths=64,128,256]
 
-A row is a string of digits (its level is how many), and the target at each digit is the sum of the
-digits up to it, modulo m; it stands beside the row, unseen by the model. At modulus=2 that is the
-parity so far:
+A row is a string of digits (its level is how many) behind a mark of its beginning, without which
+attention to equal digits could not tell how many there are. The target at each digit is the sum of
+the digits up to it, modulo m; it stands beside the row, unseen by the model. At modulus=2 that is
+the parity so far:
 
-    row       1 0 1 1
-    targets   1 1 0 1
+    row       | 1 0 1 1
+    targets   - 1 1 0 1
 """
 
 import random
@@ -46,7 +47,8 @@ def make(level: int, rng: random.Random) -> tuple[str, list]:
     digits = rng.choices(range(modulus), k=level)
     sums = [str(total % modulus) for total in accumulate(digits)]
     empty = max(hard_lengths) - level
-    return "".join(map(str, digits)) + " " * empty, sums + [None] * empty
+    row = "|" + "".join(map(str, digits)) + " " * empty
+    return row, [None, *sums] + [None] * empty
 
 
 with clear_errors():
@@ -57,4 +59,4 @@ with clear_errors():
         train[level] = min(share, modulus**level // 2)
         val[level] = min(val_rows, modulus**level // 4)
     sizes = {"train": train, "val": val, "hard": dict.fromkeys(hard_lengths, val_rows)}
-    write_targets_task(out_dir or Path(__file__).parent, "0123456789 ", make, sizes, seed)
+    write_targets_task(out_dir or Path(__file__).parent, "0123456789| ", make, sizes, seed)

@@ -1,0 +1,31 @@
+# The fastest road known here to the loss of nanoGPT's README command for the CPU (1.898 over the
+# whole validation split of tiny Shakespeare): one plain block of 0.21M parameters.
+# python train.py config/train_shakespeare_char_fast.py
+# Loss to expect: 1.89 over the whole validation split after 320 steps, about 10 s on two CPU cores.
+# python bench.py race config/train_shakespeare_char_fast.py --peer=../nanoGPT
+
+out_dir = "out-shakespeare-char-fast"
+init_from = "auto"  # run again, it goes on or is done
+dataset = "shakespeare_char"
+compile = False  # would take longer than it saves
+
+n_layer = 1
+n_head = 4
+n_embd = 128
+block_size = 64
+bias = False
+position = "rope"
+
+batch_size = 24
+gradient_accumulation_steps = 1
+max_iters = 320
+optimizer = "muon"
+muon_learning_rate = 0.04
+learning_rate = 2e-2
+lr_schedule = "linear"
+warmup_iters = 10
+min_lr = 0.0
+
+eval_interval = 320
+eval_iters = 20
+log_interval = 40
