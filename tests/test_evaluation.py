@@ -194,7 +194,7 @@ def test_evaluation_with_exit(corpus, tmp_path, rule, threshold):
 def evaluation_of(corpus, processes=None, interrupted=False, **options):
     """Return an Evaluation of a fresh tiny model on a corpus."""
     config = dict(eval_iters=5, batch_size=4, eval_stride=0, objective="next", loops_of_level=())
-    config |= dict(automatic_loop_exit=False, **options)
+    config |= dict(level_warmup_iters=0, automatic_loop_exit=False, **options)
     model = build(vocab_size=100, spread=0.1)
     return Evaluation(
         Objective(model),
