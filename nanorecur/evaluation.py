@@ -163,7 +163,9 @@ class Evaluation:
         scores, rows, level_of_row = [], [], []
         for starts, x, y in self.batches(split, windows):
             with autocast(self.device, self.dtype):
-                batch_sums, row_is_right = score_batch(self.model, x, y, depths, shift)
+                batch_sums, row_is_right = self.processes.run(
+                    self.model, score_batch, self.model, x, y, depths, shift
+                )
             scores.append(batch_sums)
             rows.append(row_is_right)
             level_of_row.append(np.searchsorted(levels, split.levels(starts)))
