@@ -624,7 +624,7 @@ def greedy(model: GPT, dtype: torch.dtype, static: bool, idx: Tensor, count: int
 
 
 def lay_out_weights(model: GPT, number_type: torch.dtype) -> None:
-    """Prepare a model's weights to decode batch_sizes[0] rows, and say on stderr how on a CPU."""
+    """Prepare a model's weights to decode batch_sizes[0] rows; on a CPU say on stderr how."""
     if device.type == "cpu":
         layout = lay_out(model, number_type, cpu_weights, batch_sizes[0])
         print(f"  {layout} weights in {number_type}", file=sys.stderr)
@@ -647,8 +647,8 @@ def own_decoders() -> dict[str, TimedDecoder]:
             found[name] = TimedDecoder(partial(greedy, ready, number_type, False), n_bytes)
             usual = torch.float32 if on_cpu else torch.bfloat16
             if config["compile"] and number_type == usual:
-                compiles = fresh if on_cpu else ready  # packed weights of a CPU do not
-                compiled = partial(greedy, compiles, number_type, True)
+                compilable = fresh if on_cpu else ready  # weights laid out for a CPU are not
+                compiled = partial(greedy, compilable, number_type, True)
                 found[f"{name}, compiled"] = TimedDecoder(compiled, n_bytes)
         if on_cpu and not shape.groups and "float32" in dtypes.split(","):
             run = partial(greedy, fresh, torch.float32, False)
@@ -1034,7 +1034,10 @@ def print_remedies(sizes: dict[str, float], room: float) -> None:
 def race_section() -> str:
     """Return the section of BENCHMARKS.md on whole runs, ours and nanoGPT's."""
     load = os.getloadavg()[0]
-    passed_on = [part for part in arguments if part[2:].split("=")[0] not in READ["race"]]
+    passed_on = []  # what is train.py's
+    for part in arguments:
+        if part.removeprefix("--").split("=")[0] not in READ["race"]:
+            passed_on.append(part)
     runs = {"nanoGPT": [], "ours": []}
     for number in range(1, rounds + 1):
         progress.now(f"round {number} of {rounds}: nanoGPT's run, then ours")

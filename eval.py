@@ -33,15 +33,10 @@ import pretrained
 from configurator import check_ranges, clear_errors, configure, require
 from decode import check_drafts, generate
 from model import GPT
-from nanorecur.exit_rules import ExitRule, after_each_loop, exit_logits, make_exit
+from nanorecur.exit_rules import ExitRule, exit_logits, hidden_at_depths, make_exit
 from nanorecur.files import write_atomically
 from nanorecur.hardware import autocast, check_versions, pick_device, pick_dtype
-from nanorecur.tokenizer import (
-    HuggingFaceTokenizer,
-    Tokenizer,
-    make_tokenizer,
-    without_surrogates,
-)
+from nanorecur.tokenizer import HuggingFaceTokenizer, Tokenizer, without_surrogates
 
 try:
     from lm_eval import evaluate
@@ -174,24 +169,9 @@ class Scorer:
                     logits, used = exit_logits(self.model, x, self.rule, depth, min_loops)
                     yield depth, logits[scored], used[scored]
                 return
-            for depth, hidden in hidden_at(self.model, x, self.depths):
-                logits = self.model.logits(hidden[scored])
-                yield depth, logits, torch.full((len(logits),), sum(depth), device=x.device)
-
-
-def hidden_at(model: GPT, idx: Tensor, depths: list[tuple]) -> Iterator[tuple[tuple, Tensor]]:
-    """Yield (depth, last hidden states (B, T, C)) of idx (B, T) at each of the depths.
-
-    With one looped group a single pass to the largest serves all: a state does not depend on how
-    many loops follow.
-    """
-    if len(model.config.groups) != 1:
-        for depth in depths:
-            yield depth, model.hidden(idx, depth)
-        return
-    at = sorted(n for (n,) in depths)
-    for n, (_, hidden) in zip(at, after_each_loop(model, idx, at[-1], only=at)):
-        yield (n,), hidden
+            for i, hidden in hidden_at_depths(self.model, x, self.depths):
+                logits, n = self.model.logits(hidden[scored]), sum(self.depths[i])
+                yield self.depths[i], logits, torch.full((len(logits),), n, device=x.device)
 
 
 def key_of(context: list[int], continuation: list[int]) -> bytes:
@@ -500,7 +480,7 @@ class Core:
 
 
 def wordings(task: dict, item: dict) -> list[str]:
-    """Return each possible answer to an item in its prompt; of language modeling the only one."""
+    """Return the texts of an item, one for each possible answer; language modeling has one."""
     kind, between = task["icl_task_type"], task.get("continuation_delimiter", " ")
     if kind == "multiple_choice":
         return [item["query"] + between + choice for choice in item["choices"]]
@@ -512,7 +492,12 @@ def wordings(task: dict, item: dict) -> list[str]:
 
 
 def is_right(kind: str, scores: list[Score], gold: int | None) -> bool:
-    """Return True where the likeliest option by token is the right one, or the one is greedy."""
+    """Return whether an item is answered right.
+
+    scores: of the possible answers; of language modeling there is one, and all its tokens have to
+    be the likeliest ones. Else the answer with the largest mean log-probability is chosen. gold:
+    the number of the right answer.
+    """
     if kind == "language_modeling":
         return scores[0].greedy
     means = [score.log_p / score.n_tokens if score.n_tokens else -torch.inf for score in scores]
@@ -612,11 +597,7 @@ with clear_errors():
     pretrained.check_exists(source, out_dir)
     source = source or out_dir
     model = pretrained.load(source).to(device)
-    known = pretrained.tokenizer_of(source)
-    if not known and not 50257 <= model.config.vocab_size <= 50304:  # GPT-2's ids, maybe padded
-        ids = f"{model.config.vocab_size} ids are not GPT-2's 50,257"
-        raise ValueError(f"{source}: names no tokenizer, and {ids}")
-    encoding = Encoding(make_tokenizer(known or {"tokenizer": "gpt2"}))
+    encoding = Encoding(pretrained.open_tokenizer(source, model))
     own = model.config.counts()
     require("loops", loops, own or not loops, "() where nothing is looped")
     depths = [model.config.counts(n) for n in dict.fromkeys(loops)] or [own]

@@ -86,7 +86,7 @@ class GPTConfig:
     loop_entry: str = "none"  # norm of the group's input: none, rmsnorm (Parcae)
     loop_exit: str = "none"  # after the last loop: none, linear (Parcae), final_norm (Huginn)
     document_separator: int = -1  # token id that ends a document; attention stops there; -1: none
-    attention_window: int = 0  # attention sees so many tokens, its own the last; 0: all
+    attention_window: int = 0  # tokens that attention sees, its own the last of them; 0: all
 
     def __post_init__(self):
         check_config(self)  # at the end of this file
@@ -365,8 +365,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight  # arXiv 1608.05859
         self.cap = partial(softcap, config.logit_softcap) if config.logit_softcap else Identity()
         self.prefix = ShiftToken(config.max_shift, C) if config.predict_ahead else Identity()
-        n_further = config.n_ahead - 1
-        self.ahead = nn.ModuleList(Ahead(C, C, config.bias) for _ in range(n_further))
+        self.ahead = nn.ModuleList(Ahead(C, C, config.bias) for _ in range(config.n_ahead - 1))
         self.exit_gate = make("exit_gate", config)
         self.init_weights()
 
@@ -878,7 +877,7 @@ TABLES = {
     },
     "mlp": {
         "gelu": F.gelu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # as GPT-2 was released
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),  # as GPT-2 was released
         "relu2": lambda x: F.relu(x).square(),  # Primer, arXiv 2109.08668
         "swiglu": swiglu,
     },
@@ -948,8 +947,9 @@ def check_shape(config: GPTConfig) -> None:
     require(c, "label_shift_prob", c.label_shift_prob <= 1, "more than 0 and at most 1")
     require(c, "document_separator", c.document_separator < c.vocab_size, "-1 or a token id")
     if c.predict_ahead:  # its token before the window has no id
-        alone = c.document_separator < 0 and not c.value_embedding
-        require(c, "predict_ahead", alone, "False with document_separator or value_embedding")
+        alone = c.document_separator < 0 and not (c.value_embedding or c.attention_window)
+        allowed = "False with document_separator, value_embedding or attention_window"
+        require(c, "predict_ahead", alone, allowed)
     divides = c.head_size or c.n_embd % c.n_head == 0
     require(c, "n_embd", divides, f"a multiple of n_head={c.n_head}")
     divides = c.n_head % (c.n_kv_head or 1) == 0

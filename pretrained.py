@@ -63,7 +63,7 @@ from nanorecur.families import (
     without_tied_head,
 )
 from nanorecur.files import runs_here
-from nanorecur.tokenizer import tokenizer_of_folder
+from nanorecur.tokenizer import Tokenizer, make_tokenizer, tokenizer_of_folder
 
 # -----------------------------------------------------------------------------
 source = ""  # the model to export, anything that load takes; a bare word after export is this too
@@ -222,6 +222,18 @@ def load_run(
     if resume and "training_model" in ckpt:
         ckpt["model"] = ckpt["training_model"]
     return ckpt, build(ckpt, layers, drop_weights, **overrides)
+
+
+def open_tokenizer(source: str | Path, model: GPT) -> Tokenizer:
+    """Return the tokenizer of a source that load has opened as model.
+
+    GPT-2's where the source names none and has as many ids; else ValueError.
+    """
+    known = tokenizer_of(source)
+    if not known and not 50257 <= model.config.vocab_size <= 50304:  # may be padded
+        ids = f"{model.config.vocab_size} ids are not GPT-2's 50,257"
+        raise ValueError(f"{source}: names no tokenizer, and {ids}")
+    return make_tokenizer(known or {"tokenizer": "gpt2"})
 
 
 def tokenizer_of(source: str | Path) -> dict | None:

@@ -32,7 +32,6 @@ from nanorecur.hardware import (
     pick_device,
     pick_dtype,
 )
-from nanorecur.tokenizer import make_tokenizer
 
 # -----------------------------------------------------------------------------
 # what is printed
@@ -224,11 +223,7 @@ with clear_errors():
     stops = [word for word in stops if word]
     source = find_source()
     model = pretrained.load(source).to(device)
-    known = pretrained.tokenizer_of(source)
-    if not known and not 50257 <= model.config.vocab_size <= 50304:  # GPT-2's ids, maybe padded
-        ids = f"{model.config.vocab_size} ids are not GPT-2's 50,257"
-        raise ValueError(f"{source}: names no tokenizer, and {ids}")
-    tokenizer = make_tokenizer(known or {"tokenizer": "gpt2"})
+    tokenizer = pretrained.open_tokenizer(source, model)
     prompt = [] if chat else tokenizer.encode(start)
     if not prompt and not chat:
         raise ValueError("the prompt is empty: give --start some text, or a file that holds some")

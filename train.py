@@ -91,7 +91,7 @@ loops_per_row = False  # draw a loop count for each window instead of each step
 loop_warmup_iters = 0  # steps over which loop counts rise to their value; 0: off
 loops_of_level = ()  # 1,0: rows of a task get 1 x their level + 0 loops, one level in each step
 loops_beyond = 0  # loops drawn on top of that for each step, from 0 to so many
-level_warmup_iters = 0  # steps, each of one level, over which the largest rises to the last; 0: off
+level_warmup_iters = 0  # steps over which the largest level rises; each step has one; 0: off
 loop_warmup = "linear"  # how they rise: linear, or sqrt: 1 - sqrt(1 - t) (arXiv 2511.07384)
 # rarely: optimizer
 lr_schedule = "cosine"  # after the warm-up: cosine, linear, wsd (hold, then linear), constant

@@ -15,7 +15,7 @@ from torch import Tensor
 from model import GPT, shift_labels
 from nanorecur.curriculum import loops_at
 from nanorecur.dataset import Split
-from nanorecur.exit_rules import after_each_loop, exit_evaluation, make_exit
+from nanorecur.exit_rules import exit_evaluation, hidden_at_depths, make_exit
 from nanorecur.hardware import autocast
 from nanorecur.objectives import Objective
 from nanorecur.parallel import Processes
@@ -138,7 +138,7 @@ class Evaluation:
         return found
 
     def depths_of_level(self, level: int, eval_loops: tuple) -> tuple[int, dict[int, tuple]]:
-        """Return a level's own loops, and {loops: one count per group} of all to score it at."""
+        """Return (a level's own loops, {loops: a count for each group} to score it at)."""
         pair, counts = self.config["loops_of_level"], self.model.config.counts()
         own = loops_at(pair, level) if pair else max(counts, default=1)
         if not counts:  # nothing is looped
@@ -152,10 +152,11 @@ class Evaluation:
     def score(
         self, split: Split, depths: list[tuple], shift: int = 1, windows: tuple | None = None
     ) -> list[dict]:
-        """Return the scores of a split at each of several loop counts (one int per group).
+        """Return the scores of a split at each depth: a dict for each of depths, in their order.
 
-        Of each loss (nats per token), bits per token and per byte, and accuracy; of a reasoning
-        task also the share of rows whose whole answer is right, in all ("exact") and by level.
+        depths: loop counts, one int per group. Scores are the loss (nats per token), bits per token
+        and per byte, and accuracy; for a reasoning task also the share of rows whose whole answer
+        is right, in all ("exact") and by level.
         """
         self.model.eval()
         windows = windows or self.windows(split)
@@ -265,28 +266,6 @@ class Evaluation:
         return {"groups": report, "gain": gain}
 
 
-def logits_at_depths(
-    model: GPT, idx: Tensor, depths: list[tuple], shift: int = 1
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield (which of the depths, logits (B, T, V)); depths are loop counts, one int per group.
-
-    With one looped group a single pass to the largest serves all: a state does not depend on how
-    many loops follow. Otherwise each depth has its own pass.
-    """
-    if len(model.config.groups) != 1:
-        for i, depth in enumerate(depths):
-            yield i, model.logits(model.hidden(idx, depth, shift=shift))
-        return
-    counts = [n for (n,) in depths]
-    at = sorted(set(counts))
-    states = after_each_loop(model, idx, max(counts), shift, only=at)
-    for n, (_, hidden) in zip(at, states):
-        logits = model.logits(hidden)
-        for i in range(len(counts)):
-            if counts[i] == n:
-                yield i, logits
-
-
 def score_batch(
     model: GPT, x: Tensor, y: Tensor, depths: list[tuple], shift: int = 1
 ) -> tuple[Tensor, Tensor]:
@@ -300,7 +279,8 @@ def score_batch(
     n_tokens = counted.sum()
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no wider one
     sums, rows = [None] * len(depths), [None] * len(depths)
-    for i, logits in logits_at_depths(model, x, depths, shift):
+    for i, hidden in hidden_at_depths(model, x, depths, shift):
+        logits = model.logits(hidden)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1)
         nats = torch.where(n_tokens > 0, loss.to(wide) * n_tokens, 0.0)  # all may be padding
         right = logits.argmax(-1) == y

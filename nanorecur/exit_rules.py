@@ -48,6 +48,27 @@ def after_each_loop(
         yield s[:, -T:], model.transformer.ln_f(x[:, -T:])
 
 
+def hidden_at_depths(
+    model: GPT, idx: Tensor, depths: list[tuple], shift: int | Tensor = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (i, last hidden states (B, T, C)) of idx (B, T) at each depths[i], in any order.
+
+    depths: loop counts, one int per group. With one looped group a single pass to the largest
+    serves all: a state does not depend on how many loops follow. Else each depth has its own pass.
+    """
+    if len(model.config.groups) != 1:
+        for i, depth in enumerate(depths):
+            yield i, model.hidden(idx, depth, shift=shift)
+        return
+    counts = [n for (n,) in depths]
+    wanted = sorted(set(counts))
+    states = after_each_loop(model, idx, wanted[-1], shift, only=wanted)
+    for n, (_, hidden) in zip(wanted, states):
+        for i, count in enumerate(counts):
+            if count == n:
+                yield i, hidden
+
+
 def exit_distribution(model: GPT, states: list[Tensor]) -> Tensor:
     """Return the probability (B, T, n) that the gate stops after each of n loops (Ouro, section 3).
 

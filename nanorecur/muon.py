@@ -23,13 +23,14 @@ MOST_ON_CPU = 2**21  # more would not stay in its cache
 
 @functools.cache
 def product_dtype(device_type: str) -> torch.dtype:
-    """Return the type in which matrices are orthogonalised: bfloat16, as torch.optim.Muon does.
+    """Return the dtype in which matrices are orthogonalised: bfloat16, as in torch.optim.Muon.
 
-    float32 on processors without instructions for bfloat16, where it is 20 to 40 times as fast.
+    It is float32 on processors without instructions for bfloat16, where that is much slower.
     """
-    has_bfloat16 = device_type != "cpu"
-    if not has_bfloat16 and torch.backends.mkldnn.is_available():
-        has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device_type != "cpu":
+        return torch.bfloat16
+    onednn = torch.backends.mkldnn.is_available()
+    has_bfloat16 = onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 

@@ -42,7 +42,7 @@ class RunLog:
                 self.bar = tqdm(total=self.max_iters, initial=iter_num, unit="step")
             if config["wandb_log"]:
                 self.wandb = start_wandb(config)
-            if config.get("tensorboard"):
+            if config["tensorboard"]:
                 self.board = start_tensorboard(self.folder, iter_num)
 
     # -------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def device_name(device: torch.device) -> str:
 
 def check_tensorboard(config: dict) -> None:
     """Raise ValueError where tensorboard is missing. config: train.py's options."""
-    if not config.get("tensorboard"):
+    if not config["tensorboard"]:
         return
     try:
         import torch.utils.tensorboard  # noqa: F401

@@ -240,6 +240,19 @@ def test_an_interrupted_evaluation_returns_nothing(corpus):
     assert evaluation_of(corpus, interrupted=True).run(()) is None
 
 
+def test_several_depths_are_one_pass_to_the_largest(corpus, monkeypatch):
+    """The looped block runs as often as the largest depth asks, in each batch."""
+    part, steps = evaluation_of(corpus), []
+    loop = next(stage.loop for stage in part.model.schedule() if stage.looped)
+    step = loop.step
+    monkeypatch.setattr(loop, "step", lambda *given: steps.append(1) or step(*given))
+    val, depths = part.splits["val"], [(4,), (1,), (2,), (4,)]
+    together = part.score(val, depths)
+    n_batches = len(list(part.batches(val)))
+    assert len(steps) == 4 * n_batches
+    assert together == [part.score(val, [depth])[0] for depth in depths]
+
+
 def test_an_evaluation_leaves_the_model_in_training_mode(corpus):
     part = evaluation_of(corpus)
     part.run(())

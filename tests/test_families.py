@@ -67,7 +67,7 @@ def test_every_value_of_ours_is_stored_once(family):
     assert torch.equal(values.sort().values, torch.arange(count))
 
 
-@pytest.mark.parametrize("family, n_kv_head", [(HUGINN, 4), (PARCAE, 2)], ids=str)
+@pytest.mark.parametrize("family, n_kv_head", [(HUGINN, 4), (PARCAE, 2)], ids=["Huginn", "Parcae"])
 def test_to_theirs_undoes_to_ours(family, n_kv_head):
     config = config_of(family, n_kv_head=n_kv_head, input_injection="inject")
     changed = set()

@@ -9,9 +9,18 @@ import torch.nn.functional as F
 from conftest import LOOPED, TINY, build, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import TABLES, Context, GPTConfig, shift_labels, spectral_clip
+from model import (
+    TABLES,
+    Context,
+    GPTConfig,
+    ShiftToken,
+    SinusoidalIndex,
+    shift_labels,
+    spectral_clip,
+)
 
 # -----------------------------------------------------------------------------
 # the plain GPT
@@ -356,6 +365,35 @@ def test_loss_ignores_minus_one_and_without_targets_the_last_position_is_read_ou
     assert_close(last, logits[:, [-1]])
 
 
+class Transfers(TorchDispatchMode):
+    """Counts what makes a tensor of numbers of Python, which on a GPU would be a copy to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._to_copy.default, torch.ops.aten.lift_fresh.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_shift_and_the_loops_number_are_not_copied_to_the_device():
+    index = SinusoidalIndex(GPTConfig(n_embd=8, n_head=2))
+    prefix, s = ShiftToken(4, 8), torch.randn(2, 3, 8)
+    for shift in (2, torch.tensor([1, 3])):
+        with Transfers() as transfers:
+            shift_labels(tokens(2, 3), shift)
+            prefix(s, shift)
+        assert transfers.count == 0
+    with Transfers() as transfers:
+        index(s, 3)
+    assert transfers.count == 0
+    assert_close(index(s, 3), index(s, torch.full((2, 1), 3)))
+    with Transfers() as transfers:
+        torch.as_tensor(3)
+    assert transfers.count == 1
+
+
 def test_shift_labels():
     targets = torch.arange(12).view(2, 6)
     assert torch.equal(shift_labels(targets, 1), targets)
@@ -470,6 +508,7 @@ WRONG = [  # the field that is named, what is given to the looped model
     ("n_kv_head", dict(n_kv_head=3)),
     ("document_separator", dict(document_separator=61)),
     ("predict_ahead", dict(predict_ahead=True, document_separator=3)),
+    ("predict_ahead", dict(predict_ahead=True, attention_window=3)),
     ("label_shift_prob", dict(label_shift_prob=1.5)),
     ("rope_scaling", dict(rope_scaling=(1, 2))),
     ("exit_gate", dict(exit_gate="state", n_block=0, n_prelude=0, n_coda=0, n_loop=1)),

@@ -11,7 +11,7 @@ from nanorecur.run_log import RunLog, check_tensorboard, check_wandb
 
 
 def run_log(folder, iter_num=0, is_first=True, writes=True, **options):
-    config = dict(out_dir=str(folder), wandb_log=False, max_iters=10)
+    config = dict(out_dir=str(folder), wandb_log=False, tensorboard=False, max_iters=10)
     return RunLog({**config, **options}, iter_num, is_first, writes)
 
 
