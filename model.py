@@ -51,9 +51,11 @@ class GPTConfig:
     max_loops: int = 64  # bound of a sampled depth; rows of the learned loop embedding
     use_model_baseline: bool = False  # the control run: the same blocks with nothing looped
     # what a loop does
-    input_injection: str = "inject"  # input to loops: passthrough, add, inject, diagonal, residual
+    input_injection: str = (  # input to loops: passthrough, add, inject, inject_bias, diagonal,
+        "inject"  # orthogonal, residual
+    )
     residual_share: float = 0.1  # share of its input that residual adds after each loop
-    state_init: str = "input"  # state before the first loop: input, zero, noise
+    state_init: str = "input"  # state before the first loop: input, zero, noise, hash (IFM)
     loop_noise_scale: float = 0.0  # std of training noise on it, in units of sqrt(2 / (5 n_embd))
     loop_norm: str = "rmsnorm"  # norm of the state after each loop: none, rmsnorm, weightless
     loop_embedding: str = "none"  # tells the blocks which loop it is: none, learned, sinusoidal
@@ -578,14 +580,17 @@ def documents(separator: int, x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
 def windowed(window: int, all_before: Callable, x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
     """Return what all_before does, but a mask where a token sees only the last window tokens."""
     position, mask = all_before(x, idx)
-    T = x.size(1)
-    near = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - window)
+    near = x.new_ones(x.size(1), x.size(1), dtype=torch.bool).tril().triu(1 - window)
     return position, near if mask is None else mask & near
 
 
 def norm_at(place: str, config: GPTConfig) -> nn.Module:
     """Return the norm at one place around attention and MLP: their input, their output, the sum."""
     return make("norm", config) if place in TABLES["norm_place"][config.norm_place] else Identity()
+
+
+def head_norm(config: GPTConfig, n_head: int) -> nn.Module:
+    return nn.RMSNorm(config.head_dim, config.norm_eps or None)
 
 
 class WidthNorm(nn.RMSNorm):
@@ -632,20 +637,17 @@ def attend(q, k, v, ctx: Context, dropout: float, scale: float | None = None) ->
 
 
 class LatentAttention(nn.Module):
-    """Keys and values of all heads from one latent vector per token (MLA: 2405.04434, 2.1).
-
-    With rotary positions heads have D/2 more channels, which are rotated; keys share theirs.
-    """
+    """Keys and values of all heads from one latent vector per token (MLA: 2405.04434, 2.1)."""
 
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
         C, H, D, bias = config.n_embd, config.n_head, config.head_dim, config.bias
         self.head_dim = D
         self.n_latent = config.n_latent or C // 2
-        self.rope_dim = D // 2 if config.position == "rope" else 0
+        self.rope_dim = D // 2 if config.position == "rope" else 0  # more channels, rotated
         self.dropout = config.dropout
         self.c_q = nn.Linear(C, H * (D + self.rope_dim), bias=bias)
-        self.c_latent = nn.Linear(C, self.n_latent + self.rope_dim, bias=bias)
+        self.c_latent = nn.Linear(C, self.n_latent + self.rope_dim, bias=bias)  # heads share it
         self.ln_latent = nn.RMSNorm(self.n_latent, config.norm_eps or None)
         self.c_up = nn.Linear(self.n_latent, H * 2 * D, bias=False)  # keys and values
         self.c_proj = nn.Linear(H * D, C, bias=bias)
@@ -657,18 +659,16 @@ class LatentAttention(nn.Module):
         q, q_rope = q.split((self.head_dim, self.rope_dim), dim=-1)  # (B, H, T, ..)
         kv = self.c_latent(x).unsqueeze(1)  # (B, 1, T, ..)
         latent, k_rope = kv.split((self.n_latent, self.rope_dim), dim=-1)
-        latent = self.ln_latent(latent)
         q_rope, k_rope = self.rotate(q_rope, ctx), self.rotate(k_rope, ctx)
         attention = self.expanded if ctx.cache is None else self.absorbed
-        y = attention(q, q_rope, latent, k_rope, ctx)  # (B, H, T, D)
+        y = attention(q, q_rope, self.ln_latent(latent), k_rope, ctx)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).flatten(-2))
 
     def expanded(self, q, q_rope, latent, k_rope, ctx: Context) -> Tensor:
         """Attend with keys and values of every head, made from the latents."""
         kv = self.c_up(latent.squeeze(1)).unflatten(-1, (-1, 2 * self.head_dim)).transpose(1, 2)
         k, v = kv.chunk(2, dim=-1)  # (B, H, T, D)
-        k_rope = k_rope.expand(-1, q.size(1), -1, -1)
-        q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, k_rope), dim=-1)
+        q, k = torch.cat((q, q_rope), dim=-1), torch.cat((k, k_rope.expand_as(q_rope)), dim=-1)
         return attend(q, k, v, ctx, self.dropout if self.training else 0.0)
 
     def absorbed(self, q, q_rope, latent, k_rope, ctx: Context) -> Tensor:
@@ -715,11 +715,24 @@ class Diagonal(nn.Linear):
     def forward(self, s: Tensor, e: Tensor) -> Tensor:
         dt = F.softplus(self.dt_bias)
         decay = torch.exp(-dt * self.A_log.exp())
-        return decay * s + dt * super().forward(e)
+        return self.combine(decay * s, dt * super().forward(e))
+
+    def combine(self, kept: Tensor, added: Tensor) -> Tensor:
+        return kept + added
 
     def init(self) -> None:
         nn.init.eye_(self.weight)  # B
         nn.init.constant_(self.dt_bias, math.log(math.expm1(math.log(5) / 2)))  # decay sqrt(1/5)
+
+
+class Orthogonal(Diagonal):
+    """Diagonal that keeps of decay * s only what is orthogonal to dt * B e (IFM, 2610.06833)."""
+
+    def combine(self, kept: Tensor, added: Tensor) -> Tensor:
+        wide = torch.promote_types(kept.dtype, torch.float32)  # sums over C are not in bfloat16
+        v, a = kept.to(wide), added.to(wide)
+        along = (v * a).sum(-1, keepdim=True) / (a.square().sum(-1, keepdim=True) + 1e-6)
+        return (v - along * a + a).type_as(kept)
 
 
 class Add(Identity):
@@ -747,14 +760,25 @@ class NoiseState(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.std = small_std(config) * config.embedding_scale
-        seeded = torch.Generator().manual_seed(0)
-        fixed = torch.randn(config.n_position, config.n_embd, generator=seeded)
-        self.register_buffer("fixed", fixed, persistent=False)
+        shape, seeded = (config.n_position, config.n_embd), torch.Generator().manual_seed(0)
+        self.register_buffer("fixed", torch.randn(shape, generator=seeded), persistent=False)
 
     def forward(self, e: Tensor, ctx: Context) -> Tensor:
         if self.training:
             return self.std * torch.randn_like(e)
         return self.std * self.fixed[ctx.position].to(e.dtype).expand_as(e)
+
+
+class HashState(NoiseState):
+    """Noise of std sqrt(1 / C); in eval xLLM's hash, in all rows that of its row 0 (2610.06833)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.std = config.n_embd**-0.5
+        channel, place = torch.arange(config.n_embd), torch.arange(config.n_position)[:, None]
+        hashed = 43758.5453123 * torch.sin(0.013579 * channel + 0.021713 * place + 0.123457)
+        uniform = (hashed - hashed.floor()).clamp(1e-6, 1 - 1e-6)
+        self.fixed = math.sqrt(2) * torch.erfinv(2 * uniform - 1)
 
 
 class LoopNoise(nn.Module):
@@ -854,27 +878,13 @@ def rmsnorm(config: GPTConfig, gain: bool = True) -> nn.Module:
     return nn.RMSNorm(config.n_embd, config.norm_eps or None, elementwise_affine=gain)
 
 
-WEIGHTLESS = partial(rmsnorm, gain=False)
+RMS = {"rmsnorm": rmsnorm, "weightless": partial(rmsnorm, gain=False)}
 TABLES = {
-    "norm": {
-        "layernorm": lambda c: nn.LayerNorm(c.n_embd, c.norm_eps or 1e-5, bias=c.bias),
-        "rmsnorm": rmsnorm,
-        "weightless": WEIGHTLESS,
-    },
-    "norm_place": {  # which of a branch's input, its output and the sum behind it are normed
-        "pre": ("input",),
-        "post": ("output",),
-        "branch": ("input", "output"),
-        "sum": ("input", "sum"),
-    },
+    "norm": {"layernorm": lambda c: nn.LayerNorm(c.n_embd, c.norm_eps or 1e-5, bias=c.bias), **RMS},
+    "norm_place": {"pre": "input", "post": "output", "branch": "input output", "sum": "input sum"},
     "position": ("learned", "rope", "none"),
     "attention": {"mha": Attention, "mla": LatentAttention},
-    "qk_norm": {  # (config, heads)
-        "none": Identity,
-        "head": lambda config, n_head: nn.RMSNorm(config.head_dim, config.norm_eps or None),
-        "width": WidthNorm,
-        "rotated": Identity,  # after the rotation
-    },
+    "qk_norm": {"none": Identity, "head": head_norm, "width": WidthNorm, "rotated": Identity},
     "mlp": {
         "gelu": F.gelu,
         "gelu_tanh": partial(F.gelu, approximate="tanh"),  # as GPT-2 was released
@@ -885,11 +895,13 @@ TABLES = {
         "passthrough": Identity,
         "add": Add,
         "inject": Inject,
+        "inject_bias": lambda config: Inject(replace(config, bias=True)),
         "diagonal": Diagonal,
+        "orthogonal": Orthogonal,
         "residual": Identity,  # adds e after the blocks
     },
-    "state_init": {"input": Identity, "zero": ZeroState, "noise": NoiseState},
-    "loop_norm": {"none": Identity, "rmsnorm": rmsnorm, "weightless": WEIGHTLESS},
+    "state_init": {"input": Identity, "zero": ZeroState, "noise": NoiseState, "hash": HashState},
+    "loop_norm": {"none": Identity, **RMS},
     "loop_entry": {"none": Identity, "rmsnorm": rmsnorm},
     "loop_embedding": {"none": Identity, "learned": LearnedIndex, "sinusoidal": SinusoidalIndex},
     "loop_exit": {  # (config, ln_f), after the last loop
@@ -916,7 +928,7 @@ LOOP_OFF |= {"loop_noise_scale": 0.0, "bptt_k": 0}
 
 
 # -----------------------------------------------------------------------------
-# checks of the config
+# checks of the config; those of several fields yield (field, legal, allowed)
 def check_config(config: GPTConfig) -> None:
     """Raise ValueError that names the first field which is wrong, its value and what is allowed."""
     for field in fields(config):
@@ -925,15 +937,13 @@ def check_config(config: GPTConfig) -> None:
         legal = isinstance(value, kinds) and (field.type is bool or not isinstance(value, bool))
         require(config, field.name, legal, f"of type {field.type.__name__}")
         if field.type in (int, float):  # positive if the default is, else at least the default
-            least = field.default
-            if least > 0:
-                least = 1 if field.type is int else 1e-9
+            least = min(field.default, 1 if field.type is int else 1e-9)
             require(config, field.name, least <= value < math.inf, f"finite and at least {least}")
     for name, table in TABLES.items():
         require(config, name, getattr(config, name) in table, "one of " + ", ".join(table))
-    check_shape(config)
-    check_groups(config)
-    check_loops(config)
+    for check in (check_shape, check_groups, check_loops):
+        for name, legal, allowed in check(config):
+            require(config, name, legal, allowed)
 
 
 def require(config: GPTConfig, name: str, legal: bool, allowed: str) -> None:
@@ -941,60 +951,50 @@ def require(config: GPTConfig, name: str, legal: bool, allowed: str) -> None:
         raise ValueError(f"{name}={getattr(config, name)!r}: must be {allowed}")
 
 
-def check_shape(config: GPTConfig) -> None:
-    c, multi_head = config, config.attention == "mha"
-    require(c, "dropout", c.dropout < 1, "at least 0 and less than 1")
-    require(c, "label_shift_prob", c.label_shift_prob <= 1, "more than 0 and at most 1")
-    require(c, "document_separator", c.document_separator < c.vocab_size, "-1 or a token id")
+def check_shape(c: GPTConfig) -> Iterator[tuple[str, bool, str]]:
+    yield "dropout", c.dropout < 1, "at least 0 and less than 1"
+    yield "label_shift_prob", c.label_shift_prob <= 1, "more than 0 and at most 1"
+    yield "document_separator", c.document_separator < c.vocab_size, "-1 or a token id"
     if c.predict_ahead:  # its token before the window has no id
         alone = c.document_separator < 0 and not (c.value_embedding or c.attention_window)
         allowed = "False with document_separator, value_embedding or attention_window"
-        require(c, "predict_ahead", alone, allowed)
-    divides = c.head_size or c.n_embd % c.n_head == 0
-    require(c, "n_embd", divides, f"a multiple of n_head={c.n_head}")
-    divides = c.n_head % (c.n_kv_head or 1) == 0
-    require(c, "n_kv_head", divides, f"0 or a divisor of n_head={c.n_head}")
-    if not multi_head:
+        yield "predict_ahead", alone, allowed
+    yield "n_embd", c.head_size or c.n_embd % c.n_head == 0, f"a multiple of n_head={c.n_head}"
+    yield "n_kv_head", c.n_head % (c.n_kv_head or 1) == 0, f"0 or a divisor of n_head={c.n_head}"
+    if c.attention == "mla":
         plain = not (c.n_kv_head or c.qk_bias or c.value_embedding) and c.qk_norm == "none"
-        require(c, "attention", plain, "mha with n_kv_head, qk_norm, qk_bias or value_embedding")
+        yield "attention", plain, "mha with n_kv_head, qk_norm, qk_bias or value_embedding"
     if c.position == "rope":
-        pairs = c.head_dim % (2 if multi_head else 4) == 0
-        require(c, "position", pairs, f"another one with heads of {c.head_dim} channels")
-    if c.loop_embedding == "sinusoidal":
-        require(c, "n_embd", c.n_embd % 2 == 0, "even for sinusoids")
-    require(c, "rope_scaling", len(c.rope_scaling) in (0, 4), "() or four numbers")
+        pairs = c.head_dim % (4 if c.attention == "mla" else 2) == 0
+        yield "position", pairs, f"another one with heads of {c.head_dim} channels"
+    yield "n_embd", c.n_embd % 2 == 0 or c.loop_embedding != "sinusoidal", "even for sinusoids"
+    yield "rope_scaling", len(c.rope_scaling) in (0, 4), "() or four numbers"
 
 
-def check_groups(config: GPTConfig) -> None:
-    c = config
+def check_groups(c: GPTConfig) -> Iterator[tuple[str, bool, str]]:
     if c.n_prelude or c.n_coda:
-        require(c, "n_block", c.n_block > 0, "at least 1 with a prelude or coda")
-    if c.n_block:
-        require(c, "loop_groups", not c.loop_groups, "() when n_block says what is looped")
+        yield "n_block", c.n_block > 0, "at least 1 with a prelude or coda"
+    yield "loop_groups", not (c.n_block and c.loop_groups), "() when n_block says what is looped"
     allowed = f"ascending runs of blocks below n_layer={c.n_layer}, as [[0,1],[3]]"
     last = -1
     for group in c.loop_groups:
         legal = isinstance(group, (tuple, list)) and all(type(block) is int for block in group)
-        require(c, "loop_groups", legal and len(group) > 0, allowed)
+        yield "loop_groups", legal and len(group) > 0, allowed
         consecutive = list(group) == list(range(group[0], group[0] + len(group)))
-        legal = consecutive and last < group[0] and group[-1] < c.n_layer
-        require(c, "loop_groups", legal, allowed)
+        yield "loop_groups", consecutive and last < group[0] and group[-1] < c.n_layer, allowed
         last = group[-1]
 
 
-def check_loops(config: GPTConfig) -> None:
-    c = config
-    looped = bool(c.n_block or c.loop_groups)
-    n_groups = len(c.loop_groups) if c.loop_groups else int(looped)
+def check_loops(c: GPTConfig) -> Iterator[tuple[str, bool, str]]:
+    n_groups = len(c.loop_groups) or int(c.n_block > 0)
     legal = len(c.loop_counts) in (0, n_groups)
-    require(c, "loop_counts", legal, f"() or one count for each of {n_groups}")
+    yield "loop_counts", legal, f"() or one count for each of {n_groups}"
     legal = all(type(n) is int and 1 <= n <= c.max_loops for n in c.loop_counts)
-    require(c, "loop_counts", legal, f"counts from 1 to max_loops={c.max_loops}")
-    require(c, "n_loop", c.n_loop <= c.max_loops, f"at most max_loops={c.max_loops}")
-    if c.loop_counts or not looped:
-        require(c, "n_loop", c.n_loop == 1, "1 where nothing is looped, or with loop_counts")
-    require(c, "exit_gate", looped or c.exit_gate == "none", "none where nothing is looped")
+    yield "loop_counts", legal, f"counts from 1 to max_loops={c.max_loops}"
+    yield "n_loop", c.n_loop <= c.max_loops, f"at most max_loops={c.max_loops}"
+    if c.loop_counts or not n_groups:
+        yield "n_loop", c.n_loop == 1, "1 where nothing is looped, or with loop_counts"
+    yield "exit_gate", n_groups > 0 or c.exit_gate == "none", "none where nothing is looped"
     if c.input_injection == "passthrough":
-        legal = c.state_init == "input" and not c.bptt_k
         allowed = "used with state_init=input and bptt_k=0: else the prelude gets no gradient"
-        require(c, "input_injection", legal, allowed)
+        yield "input_injection", c.state_init == "input" and not c.bptt_k, allowed

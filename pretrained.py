@@ -37,7 +37,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from configurator import check_ranges, clear_errors, configure, freeze, require
-from model import GPT, Diagonal, GPTConfig
+from model import GPT, Diagonal, GPTConfig, Orthogonal
 from nanorecur import checkpoint
 from nanorecur.exports import describe, export
 from nanorecur.families import (
@@ -151,9 +151,10 @@ def load(
 
     At one loop a folded model is its source cut to these layers: the loop's own weights begin so
     that one loop changes nothing. This allows loop_norm=none, loop_entry=none, loop_exit=none and
-    linear, input_injection=passthrough, inject and diagonal, and add with state_init=zero. Two
-    choices are not the source at one loop, and a line on stderr says so: state_init=noise with add
-    or diagonal, and residual, which adds residual_share of the input. Others are refused.
+    linear, input_injection=passthrough, inject, inject_bias, diagonal and orthogonal, and add with
+    state_init=zero. Two choices are not the source at one loop, and a line on stderr says so:
+    state_init=noise and hash with add, diagonal or orthogonal, and residual, which adds
+    residual_share of the input. Others are refused.
     Raises ValueError that names what is wrong with the source.
     """
     folder = find_folder(source)
@@ -421,8 +422,8 @@ def check_one_loop(config: GPTConfig) -> None:
         require("state_init", start, start == "input", allowed)
         cause = f"input_injection=residual adds {config.residual_share} of the input"
         print(f"at one loop not the source: {cause}", file=sys.stderr)
-    if start == "noise" and injection in ("add", "diagonal"):
-        print("at one loop not the source: state_init=noise", file=sys.stderr)
+    if start in ("noise", "hash") and injection in ("add", "diagonal", "orthogonal"):
+        print(f"at one loop not the source: state_init={start}", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -444,7 +445,7 @@ def undo_decay(inject: Diagonal, state_init: str) -> None:
     """Set B of decay * s + dt * B e so that the first loop's injection is e; noise counts as 0."""
     dt = nn.functional.softplus(inject.dt_bias)
     share = torch.ones_like(dt)
-    if state_init == "input":  # s is e, and decay * e is there already
+    if state_init == "input" and not isinstance(inject, Orthogonal):  # decay * e is there already
         share = 1 - torch.exp(-dt * inject.A_log.exp())
     inject.weight.copy_(torch.diag(share / dt))
 

@@ -221,7 +221,7 @@ def read_xllm(config_json: dict) -> dict:
     n_layer, n_loop = read_int(config_json, "num_layers"), read_int(config_json, "loop_times", 1)
     first = read_int(config_json, "loop_start_layer", 0)
     last = read_int(config_json, "loop_end_layers", n_layer)
-    injection = read_choice(config_json, "input_injection", "loop_input_injection")
+    injection = read_choice(config_json, "loop_input_injection")
     if n_loop == 1 and injection == "passthrough":
         return {}
     legal = first == 0 or injection == "passthrough"  # theirs is of the embedding, in all layers
@@ -239,10 +239,24 @@ def read_xllm_core(config_json: dict) -> dict:
     fields = {"n_prelude": n_prelude, "n_block": n_block, "n_coda": n_coda}
     fields["n_loop"] = read_int(config_json, "loop_times", 1)
     for name, theirs in XLLM_CHOICES.items():
-        fields[name] = read_choice(config_json, name, theirs)
+        fields[name] = read_choice(config_json, theirs)
+    fields["input_injection"] = read_xllm_injection(config_json)
     if fields["input_injection"] != "passthrough":
         fields["bptt_k"] = read_int(config_json, "huginn_backprop_depth", 0)
     return fields
+
+
+def read_xllm_injection(config_json: dict) -> str:
+    """Return GPTConfig's input_injection, which three fields of xLLM's tell (2610.06833)."""
+    injection = read_choice(config_json, "huginn_input_injection")
+    orthogonal = config_json.get("huginn_prelude_orthogonal")
+    if orthogonal:
+        legal = injection == "diagonal"
+        require("huginn_prelude_orthogonal", orthogonal, legal, "false without diagonal injection")
+        return "orthogonal"
+    if injection == "inject" and config_json.get("apply_bias_term"):
+        return "inject_bias"  # the blocks have no bias, whatever apply_bias_term is
+    return injection
 
 
 def read_int(config_json: dict, name: str, default: int | None = None) -> int:
@@ -253,27 +267,27 @@ def read_int(config_json: dict, name: str, default: int | None = None) -> int:
     return value
 
 
-def read_choice(config_json: dict, name: str, theirs: str) -> str:
-    """Return a field of GPTConfig with few values; a missing one is the first of XLLM_VALUES."""
-    values = XLLM_VALUES[name]
+def read_choice(config_json: dict, theirs: str) -> str:
+    """Return our value of one of XLLM_VALUES' fields; a missing one has the first there."""
+    values = XLLM_VALUES[theirs]
     value = config_json.get(theirs, next(iter(values)))
     require(theirs, value, value in list(values), f"one of {', '.join(values)}")
     return values[value]
 
 
 XLLM_CHOICES = {  # {field of GPTConfig: xLLM's}
-    "input_injection": "huginn_input_injection",
     "state_init": "huginn_state_init",
     "loop_entry": "huginn_prelude_norm",
     "loop_norm": "huginn_recurrent_exit_norm",
     "loop_sampling": "huginn_sampling_scheme",
 }
-XLLM_VALUES = {  # {field of GPTConfig: {their value: ours}}
-    "input_injection": {"none": "passthrough", "diagonal": "diagonal"},
-    "state_init": {"zero": "zero", "input": "input", "normal": "noise"},
-    "loop_entry": {"none": "none", "rms": "rmsnorm"},
-    "loop_norm": {"none": "none", "parameterless_rms": "weightless"},
-    "loop_sampling": {"fixed": "fixed", "poisson-lognormal-capped": "poisson"},
+XLLM_VALUES = {  # {xLLM's field: {their value: ours}}, their default first
+    "loop_input_injection": {"none": "passthrough", "diagonal": "diagonal"},
+    "huginn_input_injection": {"diagonal": "diagonal", "none": "passthrough", "linear": "inject"},
+    "huginn_state_init": {"zero": "zero", "input": "input", "normal": "hash"},
+    "huginn_prelude_norm": {"none": "none", "rms": "rmsnorm"},
+    "huginn_recurrent_exit_norm": {"none": "none", "parameterless_rms": "weightless"},
+    "huginn_sampling_scheme": {"fixed": "fixed", "poisson-lognormal-capped": "poisson"},
 }
 
 
@@ -589,9 +603,9 @@ PARCAE = Family(
     write_extra=write_parcae,
 )
 
-# IFM/LoopedLM-P1-.. and -P2-.. on the hub; loaded, not exported. Their first state "normal" has std
-# sqrt(1 / n_embd) and in evaluation is a hash of the place, ours has std sqrt(2 / (5 n_embd)): the
-# loops forget it alike
+# IFM/LoopedLM-P1-.. and -P2-.. on the hub; loaded, not exported. In evaluation their first state
+# "normal" is a hash of channel, position and the number of the row in the batch; ours takes row 0
+# for every row, since the next token of a row must not depend on where it stands in a batch
 XLLM = Family(
     name="xLLM",
     demands={
@@ -608,7 +622,7 @@ XLLM = Family(
         "output_size": -1,
         "dense_prelude_input_injection": "none",
         "huginn_hierarchical_state": "none",
-        "huginn_prelude_orthogonal": False,
+        "huginn_ortho_projection_eps": 1e-6,
     },
     fields={
         "vocab_size": "vocab_size",
@@ -655,6 +669,15 @@ XLLM_HUGINN = replace(
         "transformer.loops.0.inject": "input_injection",
         "transformer.loops.0.inject.weight": "input_injection.input_adapter.weight",
     },
+)
+XLLM_LINEAR = replace(  # huginn_input_injection is linear
+    XLLM_HUGINN,
+    tensors=XLLM_HUGINN.tensors
+    | {
+        "transformer.loops.0.inject.weight": "input_injection.adapter.weight",
+        "transformer.loops.0.inject.bias": "input_injection.adapter.bias",
+    },
+    state_first=True,
 )
 
 # -----------------------------------------------------------------------------
@@ -721,6 +744,8 @@ def family_of(config_json: dict) -> Family:
         for ending, family in RETROFITTED.items():
             if file.endswith(ending):
                 return family
+    if model_type == "xllm_huginn" and config_json.get("huginn_input_injection") == "linear":
+        return XLLM_LINEAR
     return FAMILIES[model_type]
 
 
@@ -1040,8 +1065,8 @@ def to_theirs(family: Family, config: GPTConfig, name: str, tensor: Tensor) -> T
 
 def is_state_first(family: Family, config: GPTConfig, name: str) -> bool:
     """Return True for the matrix (C, 2C) of the injection where the family's reads [s, e]."""
-    is_matrix = config.input_injection == "inject" and name.endswith(".inject.weight")
-    return family.state_first and is_matrix
+    is_matrix = name.endswith(".inject.weight")
+    return family.state_first and is_matrix and config.input_injection in ("inject", "inject_bias")
 
 
 def is_interleaved(family: Family, name: str) -> bool:

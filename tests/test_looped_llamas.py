@@ -226,6 +226,7 @@ XLLM = {
     "dense_prelude_input_injection": "none",
     "huginn_hierarchical_state": "none",
     "huginn_prelude_orthogonal": False,
+    "huginn_ortho_projection_eps": 1e-6,
 }
 CORE = dict(
     arch="huginn",
@@ -251,6 +252,17 @@ RELEASES = {  # {recipe: fields of its config}
     "fixed_r5, pln5, learned": CORE,
     "parcae": CORE | dict(huginn_prelude_norm="rms"),
     "norm after every loop": CORE | dict(huginn_recurrent_exit_norm="parameterless_rms"),
+    "huginn_linear": CORE
+    | dict(huginn_input_injection="linear", huginn_recurrent_exit_norm="parameterless_rms"),
+    "linear, no bias": CORE | dict(huginn_input_injection="linear", apply_bias_term=False),
+    "orthoinj": CORE | dict(huginn_prelude_orthogonal=True),
+    "orthoinj, zero": CORE | dict(huginn_prelude_orthogonal=True, huginn_state_init="zero"),
+}
+INJECTIONS = {  # {recipe: input_injection of ours}
+    "huginn_linear": "inject_bias",
+    "linear, no bias": "inject",
+    "orthoinj": "orthogonal",
+    "parcae": "diagonal",
 }
 
 
@@ -263,7 +275,11 @@ def xllm(folder, fields):
         for part, name in XLLM_NAMES.items():
             shapes[f"layers.{i}.{name}.weight"] = BLOCK_SHAPES[part]
     inject = injection_of(fields)
-    if inject:
+    if inject and is_linear(fields):
+        shapes[f"{inject}.adapter.weight"] = (C, 2 * C)
+        if fields["apply_bias_term"]:
+            shapes[f"{inject}.adapter.bias"] = (C,)
+    elif inject:
         shapes |= {f"{inject}.input_adapter.weight": (C, C), f"{inject}.A_log": (C,)}
         shapes[f"{inject}.dt_bias"] = (C,)
     if fields.get("huginn_prelude_norm") == "rms":
@@ -289,6 +305,10 @@ def injection_of(fields):
     return "loop_input_injection_module" if fields["loop_input_injection"] != "none" else ""
 
 
+def is_linear(fields):
+    return fields["arch"] == "huginn" and fields["huginn_input_injection"] == "linear"
+
+
 def hashed_state(row=0):
     """Return the first state (T, C) of one row in evaluation (Huginn._hashed_normal_state)."""
     place = 0.013579 * torch.arange(C).float() + 0.021713 * torch.arange(T).float()[:, None]
@@ -297,8 +317,8 @@ def hashed_state(row=0):
     return (2 / C) ** 0.5 * torch.erfinv(2 * share - 1)
 
 
-def xllm_logits(folder, idx, fields, n_loop, start):
-    """Return the logits of a folder for idx (T,). start: first state (T, C); None: the input."""
+def xllm_logits(folder, idx, fields, n_loop, row=0):
+    """Return the logits of a folder for idx (T,), which is so many rows down in its batch."""
     fields, w = XLLM | fields, {}
     for path in folder.glob("*.safetensors"):
         w |= {name: x.double() for name, x in load_file(path).items()}
@@ -312,9 +332,17 @@ def xllm_logits(folder, idx, fields, n_loop, start):
         name = injection_of(fields)
         if not name:
             return s
+        if is_linear(fields):
+            of_s, of_e = w[f"{name}.adapter.weight"].chunk(2, -1)
+            return s @ of_s.T + e @ of_e.T + w.get(f"{name}.adapter.bias", 0.0)
         dt = F.softplus(w[f"{name}.dt_bias"])
+        kept = torch.exp(-dt * w[f"{name}.A_log"].exp()) * s
         update = dt * (e @ w[f"{name}.input_adapter.weight"].T)
-        return torch.exp(-dt * w[f"{name}.A_log"].exp()) * s + update
+        if fields["huginn_prelude_orthogonal"]:
+            for t in range(T):  # without its component along the update, token by token
+                along = torch.dot(kept[t], update[t]) / (torch.dot(update[t], update[t]) + 1e-6)
+                kept[t] -= along * update[t]
+        return kept + update
 
     first, last = (1, 3) if fields["arch"] == "huginn" else (0, 4)
     x = w["embed.weight"][idx]
@@ -322,7 +350,8 @@ def xllm_logits(folder, idx, fields, n_loop, start):
         x = layer(x, i)
     if fields.get("huginn_prelude_norm") == "rms":
         x = rmsnorm(x, 1 + w["huginn_prelude_norm_module.weight"])
-    e, s = x, x if start is None else start.double()
+    starts = {"normal": hashed_state(row).double(), "zero": torch.zeros_like(x)}
+    e, s = x, starts.get(fields.get("huginn_state_init"), x)
     for _ in range(n_loop):
         s = inject(s, e)
         for i in range(first, last):
@@ -335,41 +364,44 @@ def xllm_logits(folder, idx, fields, n_loop, start):
     return (x @ w["output.output.weight"].T).float()
 
 
-class GivenState(torch.nn.Module):
-    """A first state of the loop that is given."""
-
-    def __init__(self, state):
-        super().__init__()
-        self.state = state
-
-    def forward(self, e, ctx):
-        return self.state
-
-
 @pytest.mark.parametrize("recipe", RELEASES)
 def test_xllms_folder_gives_the_references_logits(recipe, tmp_path):
     fields = RELEASES[recipe]
     folder = xllm(tmp_path / "a", fields)
     model, idx = load(folder, block_size=16), tokens(1, T)
     assert isinstance(model, GPT) and not model.config.tie_weights
-    start = None
-    if fields.get("huginn_state_init") == "normal":
-        assert model.config.state_init == "noise"
-        start = hashed_state()
-        model.transformer.loops[0].init_state = GivenState(start)
+    if recipe in INJECTIONS:
+        assert model.config.input_injection == INJECTIONS[recipe]
     loops = (1, 3) if model.config.groups else (1,)
     assert model.config.counts() == ((3,) if model.config.groups else ())
     for n_loop in loops:
-        expected = xllm_logits(folder, idx[0], fields, n_loop, start)
+        expected = xllm_logits(folder, idx[0], fields, n_loop)
         scale = expected.abs().max()
         assert_close(logits(model, idx, n_loop=n_loop)[0] / scale, expected / scale)
+
+
+def test_every_row_starts_from_xllms_state_of_its_first(tmp_path):
+    """Theirs hashes the number of the row too, so that a row's logits depend on its batch."""
+    folder = xllm(tmp_path / "a", CORE)
+    model, idx = load(folder, block_size=16), tokens(1, T)
+    assert model.config.state_init == "hash" and model.config.loop_sampling == "poisson"
+    first, second = (xllm_logits(folder, idx[0], CORE, 1, row) for row in (0, 1))
+    scale = first.abs().max()
+    for row in logits(model, idx.expand(3, -1), n_loop=1):
+        assert_close(row / scale, first / scale)
+    assert (second - first).abs().max() / scale > 1e-2
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (CORE | dict(huginn_prelude_orthogonal=True), "huginn_prelude_orthogonal=True: must be Fa"),
-        (CORE | dict(huginn_input_injection="linear"), "huginn_input_injection='linear': must be"),
+        (CORE | dict(huginn_ortho_projection_eps=1e-3), "huginn_ortho_projection_eps=0.001: must"),
+        (
+            CORE | dict(huginn_prelude_orthogonal=True, huginn_input_injection="linear"),
+            "huginn_prelude_orthogonal=True: must be false without diagonal injection",
+        ),
+        (CORE | dict(huginn_input_injection="typo"), "huginn_input_injection='typo': must be one"),
+        (dict(loop_input_injection="linear"), "loop_input_injection='linear': must be one of none"),
         (CORE | dict(huginn_hierarchical_state="split_hl"), "hierarchical_state='split_hl': must"),
         (dict(num_experts=25), "num_experts=25: must be 0"),
         (dict(dense_prelude_input_injection="diagonal"), "dense_prelude_input_injection="),

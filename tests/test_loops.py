@@ -88,10 +88,11 @@ def test_parameters_do_not_depend_on_the_number_of_loops():
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 20])
-@pytest.mark.parametrize("injection", ["passthrough", "add", "inject", "residual"])
+@pytest.mark.parametrize("injection", ["passthrough", "add", "inject", "inject_bias", "residual"])
 def test_group_is_the_equation(injection, n):
     """s = norm(blocks(inject(s, e) + index)), with residual norm(blocks(..) + 0.3 e), at any n."""
     options = dict(input_injection=injection, residual_share=0.3, loop_embedding="learned")
+    options["bias"] = injection != "inject_bias"  # which has one where nothing else has
     model, idx = build(**options, spread=0.1), tokens()
     h, loop = model.transformer.h, model.transformer.loops[0]
     x, ctx = model.embed(idx)
@@ -99,7 +100,7 @@ def test_group_is_the_equation(injection, n):
     for i in range(n):
         if injection == "add":
             s = s + e
-        if injection == "inject":
+        if "inject" in injection:
             s = torch.cat((e, s), -1) @ loop.inject.weight.T + loop.inject.bias
         s = s + loop.index.weight[min(i, 7)]
         s = h[2](h[1](s, ctx), ctx)
@@ -122,9 +123,61 @@ def test_diagonal_injection_is_the_equation():
     assert_close(inject(s, e), want)
 
 
-def test_inject_starts_as_the_groups_input():
+@pytest.mark.parametrize("scale", [1.0, 1e-3])  # of e: updates that are small beside the 1e-6 too
+def test_orthogonal_injection_is_the_equation(scale):
+    """A token's decayed state v without its component along the update a, plus a (IFM)."""
+    inject = build(input_injection="orthogonal", spread=0.3).transformer.loops[0].inject
+    s, e = torch.randn(2, 3, 32), scale * torch.randn(2, 3, 32)
+    dt = torch.log1p(inject.dt_bias.exp())
+    v = torch.exp(-dt * inject.A_log.exp()) * s
+    a = dt * (e @ inject.weight.T)
+    want = torch.empty_like(s)
+    for row in range(2):
+        for t in range(3):
+            share = torch.dot(v[row, t], a[row, t]) / (torch.dot(a[row, t], a[row, t]) + 1e-6)
+            want[row, t] = v[row, t] - share * a[row, t] + a[row, t]
+    assert_close(inject(s, e), want, atol=1e-5, rtol=1e-5)
+    assert_close(inject(s, 0 * e), v)  # nothing to be orthogonal to
+    if scale == 1:
+        kept = inject(s, e) - a
+        assert ((kept * a).sum(-1).abs() < 1e-4).all() and kept.norm() > 1
+
+
+def test_orthogonal_injection_starts_as_diagonal_does():
+    options = dict(state_init="zero", n_loop=1)
+    inject = build(input_injection="orthogonal", **options).transformer.loops[0].inject
+    diagonal = build(input_injection="diagonal", **options).transformer.loops[0].inject
+    assert inject.state_dict().keys() == diagonal.state_dict().keys()
     s, e = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
-    assert torch.equal(build().transformer.loops[0].inject(s, e), e)
+    s -= (s * e).sum(-1, keepdim=True) / e.square().sum(-1, keepdim=True) * e  # orthogonal already
+    assert_close(inject(s, e), diagonal(s, e), atol=1e-5, rtol=1e-5)
+
+
+def test_orthogonal_injection_adds_up_in_float32():
+    """With weights and states in bfloat16 the result is float64's, rounded once."""
+    inject = build(input_injection="orthogonal", n_embd=64, spread=0.3).transformer.loops[0].inject
+    inject, s, e = inject.bfloat16(), torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    got = inject(s, e)
+    seen = []
+    inject.combine = lambda v, a: seen.extend((v, a)) or v
+    inject(s, e)
+    assert got.dtype == seen[0].dtype == torch.bfloat16
+    v, a = (part.double() for part in seen)
+    share = (v * a).sum(-1, keepdim=True) / (a.square().sum(-1, keepdim=True) + 1e-6)
+    assert torch.equal(got, (v - share * a + a).bfloat16())
+
+
+@pytest.mark.parametrize("injection", ["inject", "inject_bias"])
+def test_inject_starts_as_the_groups_input(injection):
+    s, e = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    model = build(input_injection=injection)
+    assert torch.equal(model.transformer.loops[0].inject(s, e), e)
+
+
+def test_of_all_parts_inject_bias_alone_has_a_bias():
+    model = build(input_injection="inject_bias", bias=False)
+    biases = [name for name, _ in model.named_parameters() if name.endswith("bias")]
+    assert biases == ["transformer.loops.0.inject.bias"]
 
 
 def index_vectors(kind, count):
@@ -168,8 +221,9 @@ def test_the_first_state_is_the_groups_input_or_zero():
     assert torch.equal(first_state(build(state_init="zero"), e), torch.zeros_like(e))
 
 
-def test_a_first_state_of_noise_is_fixed_in_eval_and_fresh_in_training():
-    model, e = build(state_init="noise"), torch.randn(2, 9, 32)
+@pytest.mark.parametrize("kind, variance", [("noise", 2 / (5 * 32)), ("hash", 1 / 32)])
+def test_a_first_state_of_noise_is_fixed_in_eval_and_fresh_in_training(kind, variance):
+    model, e = build(state_init=kind), torch.randn(2, 9, 32)
     fixed = first_state(model, e)
     assert torch.equal(fixed, first_state(model, e))
     assert torch.equal(fixed[0], fixed[1])
@@ -178,7 +232,20 @@ def test_a_first_state_of_noise_is_fixed_in_eval_and_fresh_in_training():
     model.train()
     fresh = first_state(model, torch.zeros(64, 16, 32))
     assert not torch.equal(fresh[0], fresh[1])
-    assert fresh.var().item() == pytest.approx(2 / (5 * 32), rel=0.05)
+    assert fresh.var().item() == pytest.approx(variance, rel=0.05)
+
+
+def test_a_hashed_first_state_is_the_formula():
+    """At every channel and position, the gaussian quantile of the fractional part of a sine."""
+    state = first_state(build(state_init="hash"), torch.zeros(1, 16, 32))[0]
+    quantile = torch.distributions.Normal(0, 32**-0.5).icdf
+    for channel in range(32):
+        x = 0.021713 * torch.arange(16.0) + torch.tensor(0.013579) * channel + 0.123457
+        share = (torch.sin(x) * 43758.5453123).remainder(1).clamp(1e-6, 1 - 1e-6)
+        assert_close(state[:, channel].double(), quantile(share.double()), atol=1e-4, rtol=1e-3)
+    wide = build(state_init="hash", n_embd=256, block_size=512)
+    sample = first_state(wide, torch.zeros(1, 512, 256))
+    assert sample.mean().abs() < 1e-3 and sample.std() == pytest.approx(256**-0.5, rel=0.02)
 
 
 def test_loop_noise_is_in_training_alone_and_only_where_a_group_loops_more_than_once():
@@ -193,7 +260,8 @@ def test_loop_noise_is_in_training_alone_and_only_where_a_group_loops_more_than_
     assert torch.equal(once(tokens())[0], once(tokens())[0])
 
 
-RANDOM = [dict(state_init="noise"), dict(loop_noise_scale=1.0), dict(dropout=0.3)]
+RANDOM = [dict(state_init="noise"), dict(state_init="hash"), dict(loop_noise_scale=1.0)]
+RANDOM.append(dict(dropout=0.3))
 
 
 @pytest.mark.parametrize("options", RANDOM, ids=str)
@@ -223,7 +291,7 @@ def loss_by_hand(model, idx, n, k):
     return F.cross_entropy(logits.flatten(0, 1), idx.flatten())
 
 
-@pytest.mark.parametrize("injection", ["add", "inject", "residual"])
+@pytest.mark.parametrize("injection", ["add", "inject", "orthogonal", "residual"])
 @pytest.mark.parametrize("n, k", [(1, 2), (3, 1), (3, 2), (5, 3), (4, 4)])
 def test_truncated_gradients_are_those_by_hand(injection, n, k):
     model, idx = build(input_injection=injection, bptt_k=k, spread=0.1).train(), tokens()

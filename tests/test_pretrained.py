@@ -859,13 +859,18 @@ def test_a_folded_model_at_one_loop_is_its_source_cut(name, sizes, layers, tmp_p
 EXACT_STARTS = {  # {input_injection: values of state_init from which one loop is the source}
     "passthrough": ("input",),
     "add": ("zero",),
-    "inject": ("input", "zero", "noise"),
+    "inject": ("input", "zero", "noise", "hash"),
+    "inject_bias": ("input", "zero", "noise", "hash"),
     "diagonal": ("input", "zero"),
+    "orthogonal": ("input", "zero"),
     "residual": (),
 }
 ANNOUNCED = {  # what is allowed without being exact: the line on stderr
-    ("add", "noise"): "at one loop not the source: state_init=noise\n",
-    ("diagonal", "noise"): "at one loop not the source: state_init=noise\n",
+    **{
+        (injection, start): f"at one loop not the source: state_init={start}\n"
+        for injection in ("add", "diagonal", "orthogonal")
+        for start in ("noise", "hash")
+    },
     ("residual", "input"): (
         "at one loop not the source: input_injection=residual adds 0.1 of the input\n"
     ),
