@@ -15,7 +15,10 @@ from test_project import README, code_blocks
 
 SETUP = "python3 -m venv .venv && .venv/bin/pip install -r requirements"
 # what CI runs: setting up, and the tests
-IN_CI = ["pip install -r requirements-eval.txt", f"{SETUP}-dev.txt && .venv/bin/python -m pytest"]
+IN_CI = [
+    "pip install -r requirements-eval.txt",
+    f"{SETUP}-dev.txt && .venv/bin/python -m pytest -n auto",
+]
 # what a machine without a network, and with two cores, has instead
 STANDS_FOR = {
     f"{SETUP}.txt && ": "",
