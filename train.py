@@ -438,7 +438,7 @@ while True:
     iter_num += 1
     log.step_done()
 
-log.close()
+log.close(finished=not ending)
 if processes.is_first and writes:
     lock_file.close()
 if ending and processes.is_first:

@@ -124,13 +124,26 @@ class RunLog:
         if self.bar:
             self.bar.update()
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
+        """Close what is open. finished: all steps are made; what to do next is printed."""
         if self.bar:
             self.bar.close()
+            self.bar = None
+        if finished and self.folder:
+            self.print(next_commands(self.folder))
         if self.wandb:
             self.wandb.finish()
         if self.board:
             self.board.close()
+
+
+def next_commands(folder: Path) -> str:
+    """Return what one does with a finished run, as commands."""
+    name = shlex.quote(str(folder))
+    lines = [f"{folder} is finished. Text from it, and pictures of it:"]
+    for script in ("sample.py", "analyze.py"):
+        lines.append(f"    python {script} {name}")
+    return "\n".join(lines)
 
 
 # keys of a step's entry that are not means over its tokens

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ def test_an_entry_is_a_line_of_json_and_its_text_is_printed(tmp_path, capsys):
     for number in range(2):
         log.write({"iter": number, "loss": 0.5}, f"iter {number}")
         log.step_done()
-    log.close()
+    log.close(finished=False)
     assert lines(tmp_path) == [{"iter": 0, "loss": 0.5}, {"iter": 1, "loss": 0.5}]
     assert capsys.readouterr().out == "iter 0\niter 1\n"
 
@@ -59,8 +60,23 @@ def test_on_a_terminal_text_is_written_above_a_progress_bar(tmp_path, monkeypatc
     log.print("text")
     log.step_done()
     assert log.bar.n == 4
-    log.close()
+    log.close(finished=False)
     assert "text\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, as_typed", [("out", "out"), ("out a b", "'out a b'")])
+def test_a_finished_run_says_what_comes_next(name, as_typed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    run_log(name).close(finished=True)
+    out = capsys.readouterr().out
+    assert [line.strip() for line in out.splitlines()[1:]] == [
+        f"python sample.py {as_typed}",
+        f"python analyze.py {as_typed}",
+    ]
+    run_log(name).close(finished=False)
+    run_log(name, writes=False).close(finished=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_ten_seconds_of_silence_are_broken_then_twenty(tmp_path, monkeypatch, capsys):
@@ -150,7 +166,7 @@ def test_a_resumed_run_is_the_same_wandb_run(tmp_path, monkeypatch):
     for iter_num in (0, 5):
         log, fake = wandb_log(monkeypatch, tmp_path, iter_num=iter_num)
         begun += fake.begun
-        log.close()
+        log.close(finished=False)
     assert begun[0]["id"] == begun[1]["id"]
     assert begun[0]["resume"] == "allow"
     assert begun[0]["name"] == f"{tmp_path.name} 1+2x4+1"
@@ -195,7 +211,7 @@ def test_tensorboard_gets_the_same_numbers_and_a_resumed_run_goes_on_in_its_fold
     log = run_log(tmp_path, tensorboard=True)
     log.write(STEP, "")
     log.write(EVALUATION, "")
-    log.close()
+    log.close(finished=False)
     assert ("train/loss", 2.5, 7) in told and ("val/loss@8", 1.8, 8) in told
     assert told[-1] == "closed"
     run_log(tmp_path, iter_num=5, tensorboard=True)
@@ -216,7 +232,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
         log = run_log(tmp_path, iter_num=iter_num, tensorboard=True)
         log.write({**STEP, "loss": 2.5 - iter_num / 10}, "")
         log.write(EVALUATION, "")
-        log.close()
+        log.close(finished=False)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (point,) = events.Scalars("train/loss")
