@@ -14,6 +14,7 @@ n_block = 1
 n_loop = 16
 loop_norm = "rmsnorm"
 input_injection = "add"
+loop_noise_scale = 5.0  # the loops end at the same state, wherever they begin
 n_head = 4
 n_embd = 64
 position = "rope"
