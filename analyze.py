@@ -1,7 +1,8 @@
 """
-Pictures of a model, each with its numbers beside it, and one page that holds them all (index.html):
+One page about a model (index.html): findings in words, a sample, and pictures with their numbers:
 
     python analyze.py out-quickstart
+    python analyze.py out-quickstart --watch=30                    again at each new checkpoint
     python analyze.py out-quickstart --start="def loop(self" --n_loop=16 --maps=0,7
     python analyze.py out-mha out-mla --to=out-compared            several runs in one picture
     python analyze.py gpt2 --start="The loop goes round and round" --to=out-gpt2
@@ -10,16 +11,12 @@ A picture that needs a log, a validation split or a loop is left out where there
 page says so.
 """
 
-import base64
-import csv
 import importlib.util
-import io
 import json
 import math
 import shlex
 import sys
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -30,11 +27,13 @@ from torch import Tensor
 
 import pretrained
 from configurator import check_ranges, clear_errors, configure, require
+from decode import generate
 from model import GPT, GPTConfig
-from nanorecur import checkpoint, measure, run_table
+from nanorecur import checkpoint, findings, measure, run_table, watching
+from nanorecur.curriculum import loops_at
 from nanorecur.dataset import Split, load_meta, open_split
 from nanorecur.exit_rules import ExitRule, make_exit
-from nanorecur.files import runs_here, write_atomically
+from nanorecur.files import runs_here
 from nanorecur.hardware import DTYPES, Progress, autocast, pick_device, pick_dtype
 from nanorecur.tokenizer import Tokenizer, make_tokenizer, same_tokenizer
 
@@ -44,13 +43,16 @@ out_dir = "out"  # the folder of a run
 source = ""  # or a checkpoint file, an exported folder, gpt2, hf:<name>; the first bare argument
 compare = ""  # several of these in one picture: --compare a b, or bare arguments a b
 to = ""  # folder to write; "": analysis in the (first) run's folder, or analysis-<name> here
+watch = 0  # seconds between looks for a new checkpoint, until the run has ended, on the CPU; 0: off
+refresh = 0  # seconds after which a browser loads the page again; 0: never
 # losses on validation
 windows = 0  # windows to score; 0: those that train.py evaluates, 32 where that is unknown
 dataset = ""  # prepared folder whose validation split is scored; "": the one of the training
 device = "auto"  # cpu, cuda, cuda:1, mps; auto: the best there is
 # the text that is run through the model for states, attention maps and predictions
-start = ""  # the text, or FILE:prompt.txt; "": the beginning of the validation split
-length = 64  # tokens of the text that is the beginning of the validation split
+start = ""  # the text, or FILE:prompt.txt; "": from the validation split, see length
+length = 64  # tokens from the beginning of the validation split, or of its last row for a task
+new_tokens = 200  # tokens that the model writes behind the text, or behind its first 32; 0: none
 repeats = 1  # how often the text stands in a row
 tokens = ()  # positions in the text to draw, such as 0,5,-1; (): six, in the residual stream 16
 # the loops
@@ -73,11 +75,30 @@ def join_compared(argv: list[str]) -> list[str]:
 
 configure(globals(), argv=join_compared(sys.argv[1:]), positional="source")
 began = time.perf_counter()
+
+
+def write_page(is_live: bool) -> bool:
+    """Run this script for one page of a run that is watched; return whether it wrote one."""
+    words = [word for word in sys.argv[1:] if not word.startswith(("--watch", "--refresh"))]
+    words += ["--device=cpu"] if device == "auto" else []
+    words += [f"--refresh={watch}"] if is_live else []
+    return watching.run_behind([sys.executable, __file__, *words])
+
+
+if watch:
+    with clear_errors():
+        check_ranges(globals(), {"watch": (1, math.inf)})
+        watched = Path(source or out_dir)
+        legal = not compare and (watched / "config.json").is_file()
+        require("watch", watch, legal, "0, or with the folder of one run, which has begun")
+        watching.watch(watched, watch, write_page)
+    sys.exit()
 with clear_errors():
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("the pictures need matplotlib; run: pip install matplotlib")
 
 from nanorecur import plots  # noqa: E402 (it imports matplotlib, and -h needs none)
+from nanorecur.page import Page, colors  # noqa: E402
 
 
 # -----------------------------------------------------------------------------
@@ -170,10 +191,17 @@ def find_validation(trained_on: str | None, known: dict | None, model: GPT) -> t
 
 
 def find_text(tokenizer: Tokenizer, validation: Split | None, model: GPT) -> list[int]:
-    """Return the tokens of --start, or of the beginning of validation. ValueError if too many."""
+    """Return the tokens of --start, or of validation. ValueError if too many.
+
+    Of a task the last row, which has the highest level, up to its last target.
+    """
+    ids = []
     if start:
         ids = tokenizer.encode(read_text(start))
-    else:
+    elif validation.row:
+        x, _ = validation.windows(validation.spread(validation.n_windows)[-1:])
+        ids = x[0, :length].tolist()
+    if not start and len(ids) < 4:  # no row, or a very short one
         ids = validation.tokens[: min(length, model.block_size)].tolist()
     check_text(ids * repeats, model)
     return ids * repeats
@@ -215,16 +243,20 @@ def read_previous(source: str, ckpt: dict) -> tuple[GPT, int] | None:
 def read_lines(path: Path, check: Callable) -> list[dict]:
     """Return the entries of a file of JSON lines, none where there is no such file.
 
-    check: called with a list of one entry; raises where that is not one of train.py's.
+    check: called with a list of one entry; raises where that is not one of train.py's. A last line
+    without its end, which a run may be about to write, is left out where it is none.
     """
     entries = []
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines(True) if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
-            entries.append(json.loads(line))
-            check(entries[-1:])
+            entry = json.loads(line)
+            check([entry])
+            entries.append(entry)
         except (ValueError, KeyError, TypeError, StopIteration):
-            raise ValueError(f"{path}: line {number} is not one that train.py writes") from None
+            if line.endswith("\n"):
+                message = f"{path}: line {number} is not one that train.py writes"
+                raise ValueError(message) from None
     return entries
 
 
@@ -347,8 +379,9 @@ def folder_to_write() -> Path:
 
 
 with clear_errors():
-    limits = {"windows": (0, math.inf), "length": (4, math.inf), "repeats": (1, 999)}
-    check_ranges(globals(), limits | {"n_loop": (0, 9999)})
+    limits = {"length": (4, math.inf), "repeats": (1, 999), "n_loop": (0, 9999)}
+    limits |= dict.fromkeys(("windows", "new_tokens", "refresh"), (0, math.inf))
+    check_ranges(globals(), limits)
     require("spectral_clip_beta", spectral_clip_beta, spectral_clip_beta > 0, "positive")
     device = pick_device(device)
     sources = find_sources()
@@ -364,148 +397,116 @@ with clear_errors():
 
 
 # -----------------------------------------------------------------------------
-# the page
-class Page:
-    """An HTML page that needs no other file. It is built of elements, which escape every text."""
-
-    def __init__(self, folder: Path, title: str):
-        self.folder, self.n_pictures = folder, 0
-        self.html = ET.Element("html", lang="en")
-        head = ET.SubElement(self.html, "head")
-        self.body = ET.SubElement(self.html, "body")
-        ET.SubElement(head, "meta", charset="utf-8")
-        viewport = "width=device-width, initial-scale=1"
-        ET.SubElement(head, "meta", name="viewport", content=viewport)
-        self.add(head, "title", title)
-        css = Path(__file__).parent / "assets" / "page.css"
-        self.add(head, "style", css.read_text("utf-8"))
-        self.append("h1", title)
-
-    def add(self, parent: ET.Element, tag: str, text: str = "", **attributes: str) -> ET.Element:
-        element = ET.SubElement(parent, tag, attributes)
-        element.text = text
-        return element
-
-    def append(self, tag: str, text: str = "", kind: str = "") -> ET.Element:
-        """Add an element with a text to the end of the page. kind: its class in page.css."""
-        attributes = {"class": kind} if kind else {}
-        return self.add(self.body, tag, text, **attributes)
-
-    def left_out(self, pictures: str, run: Run, reason: str) -> None:
-        self.append("p", f"Left out for {run.name}: {pictures}, because {reason}.", "note")
-
-    def picture(self, name: str, caption: str, figure, data: dict) -> None:
-        """Add a picture, and write name.png and name.npz, whose arrays are named "run:array".
-
-        figure: from plots. data: {run: arrays}, which it shows.
-        """
-        self.n_pictures += 1
-        png, npz = io.BytesIO(), io.BytesIO()
-        figure.savefig(png, format="png")
-        arrays = {f"{run}:{key}": data[run][key] for run in data for key in data[run]}
-        np.savez(npz, **arrays)
-        write_atomically(self.folder / f"{name}.png", png.getvalue())
-        write_atomically(self.folder / f"{name}.npz", npz.getvalue())
-        encoded = base64.b64encode(png.getvalue()).decode()
-        block = self.append("figure")
-        self.add(block, "img", src=f"data:image/png;base64,{encoded}", alt=caption)
-        self.add(block, "figcaption", f"{caption} Numbers: {name}.npz")
-
-    def table(self, names: list[str], rows: list, shares: list | None = None) -> None:
-        """Add a table of texts. shares: for each cell None, or from 0 to 1 what colors it."""
-        table = self.add(self.append("div", kind="wide"), "table")
-        line = self.add(table, "tr")
-        for name in names:
-            self.add(line, "th", name)
-        for i, row in enumerate(rows):
-            line = self.add(table, "tr")
-            for j, text in enumerate(row):
-                cell = self.add(line, "td", text)
-                if shares and shares[i][j] is not None:
-                    cell.set("style", colors(shares[i][j]))
-
-    def write_csv(self, name: str, rows: list) -> None:
-        """Write a file of numbers beside the page."""
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows(rows)
-        write_atomically(self.folder / name, text.getvalue().encode("utf-8"))
-
-    def write(self) -> Path:
-        """Write the page and return its path."""
-        text = ET.tostring(self.html, encoding="unicode", method="html")
-        path = self.folder / "index.html"
-        data = f"<!DOCTYPE html>\n{text}".encode("utf-8", "surrogateescape")
-        write_atomically(path, data)
-        return path
-
-
-def colors(share: float) -> str:
-    background, ink = plots.shade(share)
-    return f"background: {background}; color: {ink}"
-
-
-# -----------------------------------------------------------------------------
 # sections of the page, in order
-def add_overview(page: Page, runs: list[Run]) -> None:
-    """Add a table of the runs, without the columns that say nothing, and how they were started."""
-    rows = [overview_row(run) for run in runs]
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    page.table(names, [[row[name] for name in names] for row in rows])
-    for run in runs:
-        if run.sessions:
-            command = run.sessions[-1]["command"]
-            starts = "" if len(run.sessions) == 1 else f", started {len(run.sessions)} times"
-            page.append("p", f"{run.name}{starts}: {command}", "note")
+def add_facts(page: Page, runs: list[Run]) -> None:
+    """Add a table of what is known of the runs, without what is known of none."""
+    page.append("h2", "The run" if len(runs) == 1 else "The runs")
+    facts = {
+        run.name: findings.facts_of(run.model, run.config, run.steps, run.log, run.sessions)
+        for run in runs
+    }
+    known = [name for name in facts[runs[0].name] if any(of_run[name] for of_run in facts.values())]
+    rows = [[name, *(of_run[name] for of_run in facts.values())] for name in known]
+    page.table(["", *facts], rows, kind="facts")
     for run in runs:
         if not run.model.config.groups:
             pictures = "states over loops, early exit, spectra and predictions"
-            page.left_out(pictures, run, "nothing in it is looped")
+            left_out(page, pictures, run, "nothing in it is looped")
 
 
-def overview_row(run: Run) -> dict[str, str]:
-    """Return what is known of a run by name, "" for what is not."""
-    config = run.model.config
-    looped = []
-    for blocks, n in zip(config.groups, config.counts()):
-        looped.append(f"{', '.join(map(str, blocks))} x {n}")
-    return {
-        "run": run.name,
-        "parameters": f"{run.model.get_num_params() / 1e6:.2f}M",
-        "blocks": str(config.n_physical),
-        "looped blocks x loops": "; ".join(looped) or "none",
-        "passes through a block": str(config.n_effective),
-        "attention": config.attention,
-        "training steps": "" if run.steps is None else f"{run.steps:,}",
-        **training_cells(run.log),
-        "commit": commit_of(run.sessions),
-    }
+def add_losses(page: Page, run: Run) -> None:
+    """Add a table of the losses that train.py logged last at this checkpoint or before it."""
+    last_step = math.inf if run.steps is None else run.steps
+    entries = [entry for entry in run_table.evaluations(run.log) if entry["iter"] <= last_step]
+    if not entries:
+        return
+    page.append("h3", f"{run.name}: losses that train.py logged at step {entries[-1]['iter']:,}")
+    names = {"loss": "{:.4f}", "bits_per_byte": "{:.4f}", "accuracy": "{:.2%}", "exact": "{:.2%}"}
+    last, rows = entries[-1]["eval"], []
+    names = {name: form for name, form in names.items() if name in last[0]}
+    for row in last:
+        own = "*" if row["loops"] == last[0]["loops"] else ""
+        loops = f"{run_table.in_words(row['loops'])}{own}"
+        cells = [names[name].format(row[name]) if name in row else "" for name in names]
+        rows.append([row["split"], loops, *cells])
+    heads = {"loss": "loss (nats/token)", "bits_per_byte": "bits/byte", "exact": "rows all right"}
+    page.table(["split", "loops (*: own)", *(heads.get(name, name) for name in names)], rows)
 
 
-def training_cells(log: list[dict]) -> dict[str, str]:
-    """Return tokens, training time and last validation loss of a log, "" for what it lacks."""
-    last = {}
-    for entry in log:
-        last |= entry
-    seconds, n_tokens = last.get("elapsed"), last.get("tokens")
-    losses = measure.training_curves(log).get("val loss", ())
-    return {
-        "training tokens": "" if n_tokens is None else f"{n_tokens:,}",
-        "training time": "" if seconds is None else in_hours(seconds),
-        "validation loss (log)": f"{losses[-1]:.4f}" if len(losses) else "",
-    }
+# -----------------------------------------------------------------------------
+# what the model writes
+SHOWN_PROMPT = 32  # tokens of a text from validation that the sample continues
+TEMPERATURE, TOP_K, SEED = 0.8, 200, 1337  # of the sample, as in sample.py
 
 
-def in_hours(seconds: float) -> str:
-    """Return seconds as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+def add_sample(page: Page, run: Run) -> None:
+    """Add what the model writes behind the text, or behind the beginning of one from validation."""
+    prompt = run.idx if start else run.idx[:, :SHOWN_PROMPT]
+    config, tokenizer = run.model.config, run.tokenizer
+    ids, _ = generate(
+        run.model,
+        prompt,
+        new_tokens,
+        temperature=TEMPERATURE,
+        top_k=TOP_K,
+        vocab_size=min(tokenizer.vocab_size, config.vocab_size),
+        generator=torch.Generator(device).manual_seed(SEED),
+    )
+    page.append("h3", f"{run.name}: {new_tokens} tokens behind a prompt (bold)")
+    line = page.append("p", kind="text sample")
+    page.add(line, "b", printable(tokenizer.decode(prompt[0].tolist())))
+    line[-1].tail = printable(tokenizer.decode(ids[0, prompt.size(1) :].tolist()))
+    loops = f"{run_table.in_words(config.counts())} loops, " if config.groups else ""
+    how = f"Drawn with {loops}temperature={TEMPERATURE}, top_k={TOP_K}, seed={SEED}."
+    page.append("p", how, "note")
 
 
-def commit_of(sessions: list[dict]) -> str:
-    """Return the commit that a run was last started at, and whether files differed from it."""
-    last = sessions[-1] if sessions else {}
-    changed = " (changed)" if last.get("dirty") else ""
-    return f"{last['commit'][:10]}{changed}" if last.get("commit") else ""
+def printable(text: str) -> str:
+    """Return a text with \\x07 and the like for what is neither printable nor white space."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def add_rows(page: Page, run: Run) -> None:
+    """Add rows of a task, of its lowest, middle and highest level, with the model's answers."""
+    split, levels = run.validation, run.validation.level_numbers()
+    rows = []
+    for level in dict.fromkeys((levels[0], levels[len(levels) // 2], levels[-1])):
+        n_loop = loops_of(run, level)
+        start_of_row = np.array([split.rows_of_level(level)[0] * split.step])
+        x, y = (torch.from_numpy(part).to(device) for part in split.windows(start_of_row))
+        found, right = answer(run, x, y, n_loop).tolist(), y[y >= 0].tolist()
+        asked = x[0] if split.targets is not None else x[0, : split.row["prompt"]]
+        texts = [printable(run.tokenizer.decode(ids)) for ids in (asked.tolist(), right, found)]
+        n_right = sum(a == b for a, b in zip(found, right))
+        loops = run_table.in_words(run.model.config.counts(n_loop))
+        rows.append([str(level), loops, f"{n_right} of {len(right)}", *texts])
+    page.append("h3", f"{run.name}: rows of {text_of(run)} and the model's answers")
+    page.table(["level", "loops", "right", "row", "right answer", "the model's"], rows)
+
+
+def loops_of(run: Run, level: int) -> int | None:
+    """Return the loops of a level in training, None where it has none of its own."""
+    pair = run.config.get("loops_of_level")
+    return loops_at(pair, level) if pair and run.model.config.groups else None
+
+
+@torch.no_grad()
+def answer(run: Run, x: Tensor, y: Tensor, n_loop: int | None) -> Tensor:
+    """Return the likeliest ids (n,) for the n targets of one row x, y (1, T).
+
+    Targets that stand beside a row are predicted at once, others one after the other.
+    """
+    if run.validation.targets is not None:
+        return run.model(x, y, n_loop)[0].argmax(-1)[y >= 0]
+    prompt = x[:, : run.validation.row["prompt"]]
+    count = int((y >= 0).sum())
+    known = min(run.tokenizer.vocab_size, run.model.config.vocab_size)
+    ids, _ = generate(run.model, prompt, count, n_loop=n_loop, temperature=0.0, vocab_size=known)
+    return ids[0, prompt.size(1) :]
+
+
+def left_out(page: Page, pictures: str, run: Run, reason: str) -> None:
+    page.append("p", f"Left out for {run.name}: {pictures}, because {reason}.", "note")
 
 
 def add_training(page: Page, runs: list[Run]) -> None:
@@ -513,14 +514,10 @@ def add_training(page: Page, runs: list[Run]) -> None:
     curves = {run.name: measure.training_curves(run.log) for run in runs}
     curves = {name: data for name, data in curves.items() if data}
     if curves:
-        caption = (
-            "Loss, learning rate, loops and speed in training. Validation is measured at the "
-            "run's own loops."
-        )
-        page.picture("curves", caption, plots.draw_curves(curves), curves)
+        page.picture("curves", plots.draw_curves(curves), curves)
     for run in runs:
         if not run.log:
-            page.left_out("training curves", run, "there is no log.jsonl")
+            left_out(page, "training curves", run, "there is no log.jsonl")
 
 
 def add_costs(page: Page, runs: list[Run]) -> None:
@@ -532,37 +529,30 @@ def add_costs(page: Page, runs: list[Run]) -> None:
     ]
     curves = run_table.cost_curves(logged) if len(logged) > 1 else {}
     if curves:
-        caption = (
-            "Validation loss against the FLOPs and seconds that training had taken. A pale band: "
-            "the range over seeds. A horizontal line: nothing is looped; its dot is where that "
-            "run ended."
-        )
-        page.picture("costs", caption, plots.draw_costs(curves), curves)
+        page.picture("costs", plots.draw_costs(curves), curves)
 
 
-def add_depth(page: Page, runs: list[Run]) -> None:
-    """Add the loss at each number of loops, on the windows that train.py evaluates."""
+def add_depth(page: Page, runs: list[Run]) -> dict[str, measure.Arrays]:
+    """Add the loss at each number of loops, on the windows that train.py evaluates; return it."""
     page.append("h2", "Depth" if groups else "Loss on validation")
     sweeps = {}
     for run in runs:
         if not run.validation:
-            page.left_out("losses at each depth and with early exit", run, run.no_validation)
+            left_out(page, "losses at each depth and with early exit", run, run.no_validation)
             continue
         progress.now(f"{run.name}: losses at each depth")
         sweeps[run.name] = sweep_of(run)
         page.append("p", windows_in_words(run), "note")
     if not sweeps:
-        return
+        return {}
     if groups:
-        caption = (
-            "Losses on validation from 1 loop to 4 times the loops of the config (star). The wide "
-            "pale line covers the loops in training: nine in ten draws, where they are drawn."
-        )
+        more = ""
         if any(len(sweep["loops"]) == 0 for sweep in sweeps.values()):
-            caption += " A horizontal line: nothing is looped."
-        page.picture("sweep", caption, plots.draw_sweep(sweeps), sweeps)
+            more = " A horizontal line: nothing is looped."
+        page.picture("sweep", plots.draw_sweep(sweeps), sweeps, more)
     names = ["run", "loops", "loss (nats/token)", "bits/byte", "accuracy"]
     page.table(names, [row for name, sweep in sweeps.items() for row in sweep_rows(name, sweep)])
+    return sweeps
 
 
 def add_levels(page: Page, runs: list[Run]) -> None:
@@ -571,12 +561,8 @@ def add_levels(page: Page, runs: list[Run]) -> None:
         data = measure.level_curves(run.log)
         if not data:
             continue
-        caption = (
-            "The staircase: accuracy against loops, a line for each level of the task. Dashed: "
-            "levels that no row in training had. A star: the loops that the level gets."
-        )
         figure = plots.draw_levels(run.name, data)
-        page.picture(f"levels_{number}", caption, figure, {run.name: data})
+        page.picture(f"levels_{number}", figure, {run.name: data})
 
 
 def sweep_of(run: Run) -> measure.Arrays:
@@ -602,7 +588,8 @@ def sweep_rows(name: str, sweep: measure.Arrays) -> list[list[str]]:
     return [[*cells, f"{loss:.4f}", f"{b:.4f}", f"{share:.2%}"] for *cells, loss, b, share in rows]
 
 
-def add_states(page: Page, groups: dict[str, LoopedGroup]) -> None:
+def add_states(page: Page, groups: dict[str, LoopedGroup]) -> dict[str, measure.Arrays]:
+    """Add how the states behave over the loops, and return it."""
     page.append("h2", "States over loops")
     measures, paths, texts = {}, {}, {}
     for name, group in groups.items():
@@ -610,17 +597,9 @@ def add_states(page: Page, groups: dict[str, LoopedGroup]) -> None:
         measures[name] = measure.state_measures(states)
         chosen, texts[name] = chosen_tokens(group.run, spread_tokens(group.run, 6))
         paths[name] = measure.trajectories(states, chosen)
-    caption = (
-        "How far a loop moves the state of a token, how far the state is from the last one, its "
-        "norm, and how alike the states of different tokens are. Lines are means over the tokens "
-        "of the text, bands hold eight in ten tokens."
-    )
-    page.picture("states", caption, plots.draw_states(measures), measures)
-    caption = (
-        "The states of some tokens from loop to loop, in the two directions in which they differ "
-        "most. The last state is large."
-    )
-    page.picture("trajectories", caption, plots.draw_trajectories(paths, texts), paths)
+    page.picture("states", plots.draw_states(measures), measures)
+    page.picture("trajectories", plots.draw_trajectories(paths, texts), paths)
+    return measures
 
 
 def add_residual(page: Page, runs: list[Run]) -> None:
@@ -629,11 +608,7 @@ def add_residual(page: Page, runs: list[Run]) -> None:
     for run in runs:
         chosen, texts[run.name] = chosen_tokens(run, spread_tokens(run, 16))
         paths[run.name] = measure.residual_stream(run.model, run.idx, chosen)
-    caption = (
-        "The residual stream of some tokens from the embedding (dark) to the last pass through a "
-        "block (light), in the two directions in which it differs most."
-    )
-    page.picture("residual", caption, plots.draw_residual(paths, texts), paths)
+    page.picture("residual", plots.draw_residual(paths, texts), paths)
 
 
 # -----------------------------------------------------------------------------
@@ -713,7 +688,8 @@ def sample_command(group: LoopedGroup) -> str:
     return shlex.join(words)
 
 
-def add_exit_curves(page: Page, groups: dict[str, LoopedGroup]) -> None:
+def exit_curves(groups: dict[str, LoopedGroup]) -> dict[str, measure.Arrays]:
+    """Return what every exit rule does at every threshold, of the groups with validation."""
     curves = {}
     for name, group in groups.items():
         model = group.run.model
@@ -721,23 +697,26 @@ def add_exit_curves(page: Page, groups: dict[str, LoopedGroup]) -> None:
             progress.now(f"{name}: every exit rule at every threshold")
             measured = measure.exit_measures(model, *scored(group.run), group.index, group.n)
             curves[name] = measure.exit_curves(model, measured)
-    if not curves:
-        return
-    page.append("h3", "Every rule at every threshold")
-    full = (
-        "The next two pictures and the table are measured on full forward passes over validation: "
-        "each loop is computed for all tokens, and a token counts by the prediction of the loop "
-        "where its rule stops it. In decoding, later tokens read what stopped tokens left behind, "
-        "which changes these numbers a little."
-    )
-    page.append("p", full)
-    caption = "Share of the tokens of validation by the loop where they stop."
-    page.picture("exits", caption, plots.draw_exits(curves), curves)
-    caption = (
-        "What early exit costs: loss against mean loops, over the thresholds of each rule, and "
-        "with the same loops for all tokens."
-    )
-    page.picture("pareto", caption, plots.draw_pareto(curves), curves)
+    return curves
+
+
+FULL_PASSES = (
+    "measured on full forward passes over validation: each loop is computed for all tokens, and a "
+    "token counts by the prediction of the loop where its rule stops it. In decoding, later tokens "
+    "read what stopped tokens left behind, which changes these numbers a little."
+)
+
+
+def add_exit_costs(page: Page, curves: dict[str, measure.Arrays]) -> None:
+    page.append("h3", "What early exit costs")
+    page.append("p", f"The next picture is {FULL_PASSES}", "note")
+    page.picture("pareto", plots.draw_pareto(curves), curves)
+
+
+def add_exit_shares(page: Page, curves: dict[str, measure.Arrays]) -> None:
+    page.append("h2", "Every exit rule at every threshold")
+    page.append("p", f"The next picture and the table are {FULL_PASSES}", "note")
+    page.picture("exits", plots.draw_exits(curves), curves)
     names = ["run", "exit_rule", "threshold", "mean loops", "loss (nats/token)"]
     rows = [row for name, data in curves.items() for row in exit_rows(name, data)]
     page.table([*names, "against all loops"], rows)
@@ -755,22 +734,21 @@ def exit_rows(name: str, curves: measure.Arrays) -> list[list[str]]:
 
 # -----------------------------------------------------------------------------
 # attention, spectra, predictions
-def add_attention(page: Page, runs: list[Run]) -> None:
+def attention_of(run: Run) -> measure.Arrays:
+    """Return what the heads of a run attend to, on validation or else on the text."""
+    x = scored(run)[0][:8, :256] if run.validation else run.idx
+    n_ids = min(run.tokenizer.vocab_size, run.model.config.vocab_size)
+    return measure.attention(run.model, x, n_ids, min(64, run.model.block_size // 2))
+
+
+def add_attention(page: Page, measured: dict[str, measure.Arrays]) -> None:
     page.append("h2", "Attention")
-    measured = {}
-    for run in runs:
-        x = scored(run)[0][:8, :256] if run.validation else run.idx
-        n_ids = min(run.tokenizer.vocab_size, run.model.config.vocab_size)
-        length = min(64, run.model.block_size // 2)
-        measured[run.name] = measure.attention(run.model, x, n_ids, length)
-    caption = (
-        "Each head in each pass through a block: how far back it attends, how spread out, how "
-        "much to the first token, and how much to what followed the same token before (induction, "
-        "on random tokens twice in a row)."
-    )
-    page.picture("attention", caption, plots.draw_attention(measured), measured)
-    caption = "Share of attention by distance."
-    page.picture("distances", caption, plots.draw_distances(measured), measured)
+    page.picture("attention", plots.draw_attention(measured), measured)
+
+
+def add_distances(page: Page, measured: dict[str, measure.Arrays]) -> None:
+    page.append("h2", "Attention by distance")
+    page.picture("distances", plots.draw_distances(measured), measured)
 
 
 def add_attention_maps(page: Page, runs: list[Run]) -> None:
@@ -779,12 +757,9 @@ def add_attention_maps(page: Page, runs: list[Run]) -> None:
         names = measure.pass_names(run.model.config)
         for i in dict.fromkeys(maps):
             figure = plots.draw_maps(all_weights[i], texts_of(run))
-            caption = (
-                f"Attention of {run.name} in block/loop {names[i]}, from the token of the row to "
-                "the token of the column."
-            )
             data = {run.name: {names[i]: all_weights[i]}}
-            page.picture(f"map_{number}_{i}", caption, figure, data)
+            more = f" {run.name}, block/loop {names[i]}."
+            page.picture(f"map_{number}_{i}", figure, data, more)
 
 
 def add_spectra(page: Page, runs: list[Run]) -> None:
@@ -800,8 +775,7 @@ def add_spectra(page: Page, runs: list[Run]) -> None:
         spectra[run.name] = measure.spectra(run.model, earlier, spectral_clip_beta)
         clipped = f"dashed: as spectral_clip_beta={spectral_clip_beta:g} would leave it"
         page.append("p", f"{run.name}: solid: as it is; {before}; {clipped}.")
-    caption = "Singular values, largest first, of the matrices inside the loops."
-    page.picture("spectra", caption, plots.draw_spectra(spectra), spectra)
+    page.picture("spectra", plots.draw_spectra(spectra), spectra)
 
 
 def add_predictions(page: Page, groups: dict[str, LoopedGroup]) -> None:
@@ -866,29 +840,100 @@ def lens_rows(name: str, group: LoopedGroup, words: np.ndarray) -> list[tuple]:
 
 
 # -----------------------------------------------------------------------------
+# findings: three sentences about each run, above everything else
+def add_findings(page: Page, run: Run, found: list[str]) -> None:
+    """Add the run in a sentence, and a list of findings."""
+    spent = findings.spent_on(run.log)
+    trained = {"dataset": run.config.get("dataset"), "max_iters": run.config.get("max_iters")}
+    trained |= {"steps": run.steps, "tokens": spent.get("tokens"), "seconds": spent.get("elapsed")}
+    model = run.model
+    sentence = findings.run_sentence(run.name, model.config, model.get_num_params(), trained)
+    page.append("p", sentence, "lead")
+    items = page.append("ul", kind="findings")
+    for text in found:
+        page.add(items, "li", text)
+
+
+def findings_of(run: Run, sweep: dict, heads: dict, states: dict, exits: dict) -> list[str]:
+    """Return the first three findings that there are, those about loops before others.
+
+    sweep, heads: of the run; states, exits: by the names of its looped groups.
+    """
+    several = len(states) > 1
+    found = [findings.levels_finding(measure.level_curves(run.log))]
+    found += [findings.depth_finding(sweep)] if sweep else []
+    if states:  # of several groups the last, whose loops are the likeliest to end early
+        name = list(states)[-1]
+        found.append(findings.settling_finding(states[name]["change"], name if several else ""))
+    if exits:
+        name = list(exits)[-1]
+        found.append(findings.exit_finding(exits[name], name if several else ""))
+    if sweep:
+        found.append(findings.loss_finding(sweep, run.model.config.vocab_size))
+    found.append(fit_of(run))
+    found.append(findings.induction_finding(heads["induction"]))
+    found.append(findings.first_token_finding(heads["on the first token"]))
+    found.append(findings.reach_finding(heads["mean distance"]))
+    return list(filter(None, found))[:3]
+
+
+def fit_of(run: Run) -> str:
+    """Return how the last logged losses of training and validation data compare, "" for none."""
+    entries = run_table.evaluations(run.log)
+    rows = entries[-1]["eval"] if entries else []
+    train = [row["loss"] for row in rows if row["split"] == "train"]
+    if not train:
+        return ""
+    losses = measure.training_curves(entries)["val loss"]
+    return findings.fit_finding(train[0], losses[-1], losses.min())
+
+
+# -----------------------------------------------------------------------------
 title = f"Analysis of {len(runs)} runs" if len(runs) > 2 else f"Analysis of {' and '.join(names)}"
-page = Page(folder, title)
+page = Page(folder, title, refresh)
 with Progress() as progress:
-    add_overview(page, runs)
+    page.part = page.main
+    progress.now("a sample")
+    for run in runs:
+        add_losses(page, run)
+        if run.validation and run.validation.row:
+            add_rows(page, run)
+        elif new_tokens:
+            add_sample(page, run)
+    add_facts(page, runs)
     add_training(page, runs)
     add_costs(page, runs)
-    add_depth(page, runs)
+    sweeps = add_depth(page, runs)
     add_levels(page, runs)
-    if groups:
-        add_states(page, groups)
-    progress.now("the residual stream")
-    add_residual(page, runs)
+    states = add_states(page, groups) if groups else {}
+    curves = exit_curves(groups)
     if groups:
         add_exits(page, groups)
-        add_exit_curves(page, groups)
+    if curves:
+        add_exit_costs(page, curves)
     progress.now("attention")
-    add_attention(page, runs)
+    heads = {run.name: attention_of(run) for run in runs}
+    add_attention(page, heads)
+    if groups:
+        progress.now("predictions, spectra of the looped matrices, the residual stream")
+        add_predictions(page, groups)
+    page.part = page.more
+    if curves:
+        add_exit_shares(page, curves)
+    add_residual(page, runs)
+    add_distances(page, heads)
     if maps:
         add_attention_maps(page, runs)
     if groups:
-        progress.now("spectra of the looped matrices, and predictions")
         add_spectra(page, runs)
-        add_predictions(page, groups)
+page.part = page.top
+for run in runs:
+    of_run = [name for name, group in groups.items() if group.run is run]
+    of_states = {name: states[name] for name in of_run}
+    exits = {name: curves[name] for name in of_run if name in curves}
+    sweep = sweeps.get(run.name, {})
+    add_findings(page, run, findings_of(run, sweep, heads[run.name], of_states, exits))
+page.part = page.footer
 page.append("p", "Made by: python " + shlex.join(sys.argv), "note")
 path = page.write()
 print(f"{path}: {page.n_pictures} pictures in {time.perf_counter() - began:.0f} s")

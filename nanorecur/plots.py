@@ -9,6 +9,8 @@ Lines differ in color, dashes and markers; the colors are Okabe and Ito's, which
 tell apart, without the yellow that print loses. Maps are in cividis.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -62,10 +64,10 @@ def panels(count: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, list(axes.flat[:count])
 
 
-def add_legend(figure: Figure, panel: Axes, title: str = "") -> None:
-    """Put one legend under the whole figure, of the lines in one panel."""
+def add_legend(figure: Figure, panel: Axes, title: str = "", most: int = 4) -> None:
+    """Put one legend of at most so many columns under the figure, of the lines in one panel."""
     handles, names = panel.get_legend_handles_labels()
-    columns = min(4, max(1, len(names)))
+    columns = min(most, max(1, len(names)))
     place = dict(loc="outside lower center", ncols=columns, fontsize="small")
     figure.legend(handles, names, title=title or None, title_fontsize="small", **place)
 
@@ -264,7 +266,7 @@ def draw_levels(run: str, data: Arrays) -> Figure:
 
     A star: the loops of the level. Dashed: levels beyond training.
     """
-    figure, axes = panels(1, 1, 6.4, 3.6)
+    figure, axes = panels(1, 1, 5.2, 3.6)
     panel = axes[0]
     trained, beyond = np.flatnonzero(~data["beyond"]), np.flatnonzero(data["beyond"])
     shown = [*evenly(trained, 4), *evenly(beyond, 5)]
@@ -280,7 +282,7 @@ def draw_levels(run: str, data: Arrays) -> Figure:
     powers_of_two(panel)
     panel.set_ylim(-0.02, 1.02)
     name_axes(panel, "loops", "accuracy", escape(run))
-    add_legend(figure, panel)
+    add_legend(figure, panel, most=3)
     return figure
 
 
@@ -523,3 +525,86 @@ def draw_kind(panel: Axes, kind: str, spectra: Arrays) -> None:
         label = f"{whose} {block}" if when == "now" else None
         style = dict(color=color(blocks.index(block)), linewidth=1.3, label=label)
         panel.plot(values, **style, **WHEN[when])
+
+
+# -----------------------------------------------------------------------------
+# what is said under each picture
+
+
+class Caption(NamedTuple):
+    """The two texts under a picture: what it shows, and what it shows for a healthy model."""
+
+    drawn: str
+    healthy: str
+
+
+CAPTIONS = {
+    "curves": Caption(
+        "Loss, learning rate, loops and speed in training. Validation is measured at the run's own "
+        "loops.",
+        "the losses fall without lasting spikes and end close together; validation that rises "
+        "while training falls says that the model memorizes.",
+    ),
+    "costs": Caption(
+        "Validation loss against the FLOPs and seconds that training had taken. A pale band: the "
+        "range over seeds. A horizontal line: nothing is looped; its dot is where that run ended.",
+        "the line of a looped run passes below and to the left of the dot of the plain one, for "
+        "then it is better at less cost.",
+    ),
+    "sweep": Caption(
+        "Losses on validation from 1 loop to 4 times the loops of the config (star). The wide pale "
+        "line covers the loops in training: nine in ten draws, where they are drawn.",
+        "the loss falls over the first loops, is lowest within or behind the pale line, and stays "
+        "level to its right.",
+    ),
+    "levels": Caption(
+        "The staircase: accuracy against loops, a line for each level of the task. Dashed: levels "
+        "that no row in training had. A star: the loops that the level gets.",
+        "each line, dashed ones too, has reached 1 at its star and stays there behind it.",
+    ),
+    "states": Caption(
+        "How far a loop moves the state of a token, how far the state is from the last one, its "
+        "norm, and how alike the states of different tokens are. Lines are means over the tokens "
+        "of the text, bands hold eight in ten tokens.",
+        "change and distance fall from loop to loop, the norm becomes level, and the cosine stays "
+        "well below 1, where all tokens would be the same.",
+    ),
+    "trajectories": Caption(
+        "The states of some tokens from loop to loop, in the two directions in which they differ "
+        "most. The last state is large.",
+        "steps become shorter, as each token runs to a place of its own or circles around one.",
+    ),
+    "residual": Caption(
+        "The residual stream of some tokens from the embedding (dark) to the last pass through a "
+        "block (light), in the two directions in which it differs most.",
+        "lines of different tokens spread out with depth and end apart from one another.",
+    ),
+    "exits": Caption(
+        "Share of the tokens of validation by the loop where they stop.",
+        "bright cells move to the left from row to row, as looser thresholds stop tokens sooner, "
+        "and a row has several, as tokens differ.",
+    ),
+    "pareto": Caption(
+        "Loss against mean loops, over the thresholds of each rule, and with the same loops for "
+        "all tokens.",
+        "the line of a rule lies below the black one: it loops where that helps.",
+    ),
+    "attention": Caption(
+        "Each head in each pass through a block: how far back it attends, how spread out, how much "
+        "to the first token, and how much to what followed the same token before (induction, on "
+        "random tokens twice in a row).",
+        "heads differ: some look near and some far, and in a trained text model some do induction.",
+    ),
+    "distances": Caption(
+        "Share of attention by distance.",
+        "rows differ, and few of them have all their weight in one column.",
+    ),
+    "map": Caption(
+        "Attention from the token of the row to the token of the column, for each head.",
+        "maps show diagonals, columns or blocks, and heads differ.",
+    ),
+    "spectra": Caption(
+        "Singular values, largest first, of the matrices inside the loops.",
+        "values fall evenly, and the first neither towers over the others nor still grows.",
+    ),
+}

@@ -14,12 +14,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import Run, build, train, val_losses
+from conftest import Run, build, log, train, val_losses
 
 import pretrained
-from decode import Cache, Decoder
-from nanorecur import checkpoint, exit_rules, plots
+from decode import Cache, Decoder, generate
+from nanorecur import checkpoint, exit_rules, findings, plots
+from nanorecur.dataset import load_meta, open_split
 from nanorecur.exit_rules import make_exit
+from nanorecur.page import Page
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ PROMPT = 'A <b>"$x_1$" & '
 def page(trained):
     """The analysis of both runs: its folder, and the page's text."""
     sources = [trained / "looped", trained / "plain", f"--to={trained / 'both'}"]
-    options = ["--n_loop=4", "--maps=1", "--tokens=0,-1,3", "--device=cpu"]
+    options = ["--n_loop=4", "--maps=1", "--tokens=0,-1,3", "--device=cpu", "--new_tokens=20"]
     run = Run("analyze.py", *sources, f"--start={PROMPT}", *options)
     assert run.code == 0, run.err
     assert re.search(r"index.html: \d+ pictures in \d+ s", run.out)
@@ -127,6 +129,83 @@ def test_the_pages_loss_is_the_last_one_of_the_log(trained, page):
         assert sweeps[name]["configured_loss"] == pytest.approx(logged, rel=1e-5)
         assert f"<td>{logged:.4f}</td>" in text
     assert text.count("on 12 windows of corpus0/val.bin, those that train.py evaluates.") == 2
+
+
+def test_the_page_begins_with_findings_losses_and_a_sample(trained, page):
+    """Before any picture: three findings of each run, with the numbers that are measured below."""
+    folder, text = page
+    top = text[: text.index("<img")]
+    assert top.count("<li>") == 6 and top.count('class="lead"') == 2
+    assert "looped is a looped GPT of " in top and "plain is a GPT without loops of " in top
+    sweeps = stored(folder, "sweep")
+    of_one, own = sweeps["looped"]["loss"][0], sweeps["looped"]["configured_loss"]
+    assert f"validation loss is {of_one:.3f} at one loop and {own:.3f} at 2" in top
+    assert f"Validation loss is {sweeps['plain']['configured_loss']:.3f} (" in top
+    _, settling, exits = map(html.unescape, re.findall("<li>(.*?)</li>", top)[:3])
+    assert settling == findings.settling_finding(stored(folder, "states")["looped"]["change"])
+    assert exits == findings.exit_finding(stored(folder, "pareto")["looped"]) != ""
+    for row in log(trained / "looped")[-1]["eval"]:
+        assert f"<td>{row['loss']:.4f}</td><td>{row['bits_per_byte']:.4f}</td>" in top
+    assert "<th>looped</th><th>plain</th>" in top
+
+
+def test_the_sample_is_what_the_model_writes(trained, page):
+    _, text = page
+    model = pretrained.load(trained / "looped")
+    chars = checkpoint.load(trained / "looped")["tokenizer"]["chars"]
+    idx = torch.tensor([[chars.index(c) for c in PROMPT]])
+    seeded = dict(generator=torch.Generator().manual_seed(1337), vocab_size=len(chars))
+    ids, _ = generate(model, idx, 20, temperature=0.8, top_k=200, **seeded)
+    written = "".join(chars[i] for i in ids[0, len(PROMPT) :])
+    written = re.sub(r"[\r\x0b\x0c]", lambda sign: f"\\x{ord(sign[0]):02x}", written)
+    bold = html.escape(PROMPT, quote=False)
+    assert f"<b>{bold}</b>{html.escape(written, quote=False)}</p>" in text
+
+
+def test_every_picture_says_what_is_healthy_and_ten_at_most_are_shown(page):
+    _, text = page
+    shown, more = text.split("<details>")
+    assert 0 < shown.count("<figure>") <= 10 and more.count("<figure>") >= 4
+    captions = re.findall(r'<figcaption>.*?<p class="healthy">(.*?)</p></figcaption>', text)
+    assert len(captions) == text.count("<figure>") == len(PICTURES)
+    assert all(re.fullmatch(r"Healthy: [^.]+\.", caption) for caption in captions)
+    for name in ("map_0_1", "residual", "spectra"):
+        assert f"{name}.npz" in more
+
+
+@pytest.mark.slow
+def test_pictures_beyond_ten_are_put_where_one_has_to_open_them(tmp_path):
+    page = Page(tmp_path, "many")
+    page.part = page.main
+    for number in range(12):
+        figure, _ = plots.panels(1, 1, 1, 1)
+        page.picture(f"map_{number}", figure, {"a": {"x": np.zeros(1)}})
+    shown, more = page.write().read_text().split("<details>")
+    assert (shown.count("<figure>"), more.count("<figure>")) == (10, 2)
+
+
+@pytest.mark.slow
+def test_rows_of_a_task_have_the_models_answers(task, tmp_path):
+    """Of each level with its own loops; the text to look at is the last row of validation."""
+    options = ["--loops_of_level=1,1", "--block_size=6", "--max_iters=60", "--lr_decay_iters=60"]
+    assert train(task, tmp_path / "run", *options, "--eval_interval=60").code == 0
+    run = Run("analyze.py", tmp_path / "run", "--device=cpu")
+    assert run.code == 0, run.err
+    text = (tmp_path / "run" / "analysis" / "index.html").read_text()
+    split = open_split(task, "val", load_meta(task), 6, 12)
+    model, chars = pretrained.load(tmp_path / "run"), "0123456789=."
+    for level, loops in ((1, 2), (2, 3)):
+        row = split.tokens[split.rows_of_level(level)[0] * 7 :][:7].tolist()
+        asked, right = ("".join(chars[i] for i in part) for part in (row[:5], row[5:]))
+        ids, _ = generate(model, torch.tensor([row[:5]]), 2, n_loop=loops, temperature=0.0)
+        found = "".join(chars[i] for i in ids[0, 5:])
+        n_right = sum(a == b for a, b in zip(found, right))
+        cells = [level, loops, f"{n_right} of 2", asked, right, found]
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+    with open(tmp_path / "run" / "analysis" / "exits_0.csv", newline="") as file:
+        looked_at = "".join(row["text"] for row in csv.DictReader(file))
+    assert looked_at == "".join(chars[i] for i in split.tokens[-7:-1])
+    assert "what it was trained on" in text
 
 
 def test_fewer_windows_are_said_to_be_so(trained, tmp_path):
@@ -428,6 +507,9 @@ WRONG = [
     ("--compare {}/looped {}/none", "no such checkpoint"),
     ("--compare={}/looped,{}/none", "no such checkpoint"),
     ("--outdir=x", "did you mean 'out_dir'"),
+    ("--out_dir={}/looped --new_tokens=-1", "new_tokens=-1: must be at least 0"),
+    ("--out_dir={}/looped --refresh=-1", "refresh=-1: must be at least 0"),
+    ("--out_dir={}/looped --watch=-1", "watch=-1: must be at least 1"),
 ]
 
 
@@ -465,20 +547,23 @@ def test_without_a_run_it_lists_those_that_are_here(trained):
 
 def test_the_page_says_how_a_run_came_to_be(trained, tmp_path):
     shutil.copytree(trained / "plain", tmp_path / "plain")
-    log, sessions = (tmp_path / "plain" / f"{name}.jsonl" for name in ("log", "sessions"))
-    entries = log.read_text().splitlines()
+    logged, sessions = (tmp_path / "plain" / f"{name}.jsonl" for name in ("log", "sessions"))
+    entries = logged.read_text().splitlines()
     step = next(json.loads(line) for line in entries if '"loss"' in line and '"eval"' not in line)
     step |= {"tokens": 12345, "elapsed": 3725.4}
-    log.write_text("\n".join([*entries, json.dumps(step)]))
+    logged.write_text("\n".join([*entries, json.dumps(step), '{"iter": 9, "lo']))  # half written
     last = {"command": "train.py <x>", "commit": "0123456789abcdef", "dirty": True}
     starts = [{"command": "train.py first"}, last]
     sessions.write_text("\n".join(map(json.dumps, starts)))
-    run = Run("analyze.py", tmp_path / "plain", "--windows=1", "--device=cpu")
+    options = ["--windows=1", "--device=cpu", "--refresh=30"]
+    run = Run("analyze.py", tmp_path / "plain", *options)
     assert run.code == 0, run.err
     text = (tmp_path / "plain" / "analysis" / "index.html").read_text()
     cells = Parsed(text).cells
-    assert {"12,345", "1:02:05", "0123456789 (changed)"} <= set(cells)
-    assert "plain, started 2 times: train.py &lt;x&gt;" in text
+    assert {"12,345", "1:02:05", "0123456789 (changed)", "train.py <x>", "2"} <= set(cells)
+    assert "not at their defaults" in cells and "n_embd=32, " in text and "out_dir=" not in text
+    assert "plain is a GPT without loops of " in text and "in 62.1 minutes." in text
+    assert '<meta http-equiv="refresh" content="30">' in text
 
 
 @pytest.mark.slow
@@ -514,6 +599,7 @@ def test_other_peoples_weights_without_a_log_or_data(tmp_path):
     text = (folder / "index.html").read_text()
     for reason in ("there is no log.jsonl", "nothing in it is looped"):
         assert reason in text
+    assert "how it was trained is not known" in text and text.count("<li>") == 3
 
 
 @pytest.mark.slow
@@ -541,6 +627,7 @@ FRAME = """<!DOCTYPE html>
 <script>
 f.onload = () => {{
   const d = f.contentDocument, e = d.documentElement;
+  d.querySelector("details").open = true;
   const inside = x => x.closest(".wide") && !x.matches(".wide");
   const right = x => x.getBoundingClientRect().right;
   const all = [...d.body.querySelectorAll("*")];
@@ -554,7 +641,7 @@ f.onload = () => {{
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_in_a_browser(page, width):
     folder, _ = page
     frame = folder / f"frame{width}.html"
