@@ -41,7 +41,7 @@ from nanorecur.tokenizer import Tokenizer, make_tokenizer, same_tokenizer
 # what is analyzed, and where the page goes
 out_dir = "out"  # the folder of a run
 source = ""  # or a checkpoint file, an exported folder, gpt2, hf:<name>; the first bare argument
-compare = ""  # several of these in one picture: --compare a b, or bare arguments a b
+compare = ""  # several of these, or a folder of runs, in one picture: --compare a b, or a b alone
 to = ""  # folder to write; "": analysis in the (first) run's folder, or analysis-<name> here
 watch = 0  # seconds between looks for a new checkpoint, until the run has ended, on the CPU; 0: off
 refresh = 0  # seconds after which a browser loads the page again; 0: never
@@ -355,13 +355,22 @@ def windows_in_words(run: Run) -> str:
     return f"{text}, those that train.py evaluates."
 
 
+def runs_inside(source: str) -> list[str]:
+    """Return the folders of the runs in a folder that is no run itself, else the source."""
+    inside = sorted(str(path.parent) for path in Path(source).glob("*/config.json"))
+    return inside if inside and not checkpoint.exists(source) else [source]
+
+
 def find_sources() -> list[str]:
     """Return what is analyzed. ValueError where there is no run in out_dir."""
     if compare:
         require("source", source, not source, "left out, or one of those in compare")
-        return list(dict.fromkeys(filter(None, compare.split(","))))
+        compared = []
+        for name in filter(None, compare.split(",")):
+            compared += runs_inside(name)
+        return list(dict.fromkeys(compared))
     if source:
-        return [source]
+        return runs_inside(source)
     if not checkpoint.exists(out_dir):
         found = ", ".join(runs_here()) or "none"
         raise ValueError(f"{out_dir}: no such checkpoint; runs here: {found}")
@@ -852,6 +861,10 @@ def add_findings(page: Page, run: Run, found: list[str]) -> None:
     items = page.append("ul", kind="findings")
     for text in found:
         page.add(items, "li", text)
+    for name, group in groups.items():
+        if group.run is run and not n_loop and run.model.config.loop_sampling != "fixed":
+            note = f"{name}: states and exits are measured up to {group.n} loops"
+            page.append("p", f"{note}; 95 % of the draws in training have no more.", "note")
 
 
 def findings_of(run: Run, sweep: dict, heads: dict, states: dict, exits: dict) -> list[str]:

@@ -160,6 +160,8 @@ def load(
     folder = find_folder(source)
     if checkpoint.exists(folder) or not (folder / "config.json").exists():
         return build(checkpoint.load(folder), layers, drop_weights, **overrides).eval()
+    if (folder / "sessions.jsonl").exists():
+        raise ValueError(f"{folder}: this run has not saved a checkpoint yet")
     try:
         config_json = read_config_json(folder)
         family = family_of(config_json)

@@ -319,6 +319,10 @@ def train_all(tasks: list[Task]) -> int:
     Exits with code 128 + signal where one came.
     """
     runner = Runner(tasks)
+    if runner.waiting:
+        print(
+            f"runs to train: {len(runner.waiting)}; each writes what it says to {LOG}", flush=True
+        )
     runner.run()
     if runner.ended_by:
         name = signal.Signals(runner.ended_by).name
@@ -341,6 +345,10 @@ def sweep() -> None:
         put(run_table.FORMATS[format](run_table.table_rows(runs)))
     if n_failed:
         sys.exit(1)
+    if len(folders) > 1:
+        where = folders[0].parent
+        words = shlex.join([str(where), f"--to={where / 'compared'}"])
+        print(f"pictures of these runs: python analyze.py {words}", file=sys.stderr)
 
 
 def table() -> None:

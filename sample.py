@@ -32,6 +32,7 @@ from nanorecur.hardware import (
     pick_device,
     pick_dtype,
 )
+from nanorecur.tokenizer import Tokenizer
 
 # -----------------------------------------------------------------------------
 # what is printed
@@ -199,6 +200,14 @@ def check_effects() -> None:
     require("n_slot", n_slot, acts, "left out, or with --slots=last or mod")
 
 
+def encode_prompt(tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens of --start. ValueError where the model has not all of its characters."""
+    try:
+        return tokenizer.encode(start)
+    except ValueError as error:
+        raise ValueError(f"{error}; --start= takes another text") from None
+
+
 def find_source() -> str:
     """Return what pretrained.load takes: --source, or else --out_dir where it holds a run."""
     if source:
@@ -224,7 +233,7 @@ with clear_errors():
     source = find_source()
     model = pretrained.load(source).to(device)
     tokenizer = pretrained.open_tokenizer(source, model)
-    prompt = [] if chat else tokenizer.encode(start)
+    prompt = [] if chat else encode_prompt(tokenizer)
     if not prompt and not chat:
         raise ValueError("the prompt is empty: give --start some text, or a file that holds some")
     if max(prompt, default=0) >= model.config.vocab_size:

@@ -81,7 +81,7 @@ dtype = "auto"  # float32, or bfloat16 for matrix products; auto: bfloat16 on a 
 compile = True  # compile the model's stages, once for any number of loops
 deterministic = False  # the same bits in every run on a GPU too, at a cost in speed
 # rarely: objective
-objective = "next"  # next; by every loop: deep, distill, exit, exit_gate, confidence (see README)
+objective = "next"  # next; by every loop: deep, distill, exit, exit_gate, confidence
 loss_weighting = "uniform"  # objective=deep: weight of the loss after loop t: uniform, linear in t
 entropy_weight = 0.1  # objective=exit: reward for the gate's entropy (Ouro's beta)
 distill_weight = 0.5  # objective=distill: weight of the divergence from the last loop
@@ -275,6 +275,8 @@ if resume:
     log.print(resuming.first_line(config, changed, iter_num, finished))
 for words in warnings:
     log.print(f"warning: {words}")
+if compile:
+    log.print("compile=True: the first step takes a minute or more; --compile=False begins at once")
 
 
 def interrupted() -> bool:
@@ -422,7 +424,7 @@ while True:
 
     spent["tokens"] += n_tokens
     spent["flops"] += sum(map(flops_per_token, loops)) / len(loops) * n_tokens
-    if at(log_interval):
+    if at(log_interval) or iter_num + 1 == max_iters:
         means = evaluation.means_of(totals, processes)  # waits for the device: the clock is true
         spent["elapsed"] = time.perf_counter() - start
         seconds = spent["elapsed"] - before["elapsed"]
@@ -438,7 +440,7 @@ while True:
     iter_num += 1
     log.step_done()
 
-log.close(finished=not ending)
+log.close(finished=not ending, is_task="row" in meta)
 if processes.is_first and writes:
     lock_file.close()
 if ending and processes.is_first:

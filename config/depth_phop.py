@@ -2,8 +2,7 @@
 # hops, evaluated up to 24: more loops solve what no training row asked.
 # python data/phop/prepare.py --every_position --symbols=4 --length=96 --hops=6 --hard_hops=24
 # python train.py config/depth_phop.py
-# Loss to expect: 0.0000 at 6 hops and loops. At 24 hops and loops 99.2 % of positions are right;
-# LOG.md has other seeds.
+# Loss to expect: 0.0000 at 6 hops and loops. At 24 hops and loops 100.0 % of positions are right.
 
 out_dir = "out-depth-phop"
 init_from = "auto"
@@ -26,7 +25,7 @@ batch_size = 32
 gradient_accumulation_steps = 1
 max_iters = 3000
 optimizer = "muon"
-muon_learning_rate = 0.02
+muon_learning_rate = 0.01  # at 0.02 one seed of four stopped short of 24 hops
 learning_rate = 3e-3
 lr_schedule = "wsd"
 hold_iters = 1500

@@ -7,6 +7,9 @@
 # python sample.py out-heal --start="The loop" --n_loop=4    (and at 1, 2, ...)
 # python eval.py out-heal --tasks=arc_easy,hellaswag --loops=1,2,4
 # python pretrained.py export out-heal --to=healed
+# Another model: --init_from=hf:<folder>, n_prelude + n_block + n_coda at most its layers, and
+# --block_size= at most its positions. A trial on a CPU: --compile=False --max_iters=20
+# --batch_size=1 --gradient_accumulation_steps=1 --block_size=128 --warmup_iters=2
 # Loss to expect: not measured; it is that of your text. Look at val at 1, 2, 4 and 8 loops.
 
 out_dir = "out-heal"

@@ -76,6 +76,8 @@ def find_files(input_files: str) -> list[str]:
     for pattern in input_files.split(","):
         for name in glob.glob(pattern.strip(), recursive=True):
             paths.update(files_in(name) if os.path.isdir(name) else [name])
+    if not paths:
+        raise ValueError(f"input_files={input_files}: no file has such a name")
     suffixes = {Path(path).suffix for path in paths}
     readers = {READERS[suffix][0] for suffix in suffixes if suffix in READERS}
     if len(readers) != 1 or not suffixes <= set(READERS):

@@ -315,7 +315,7 @@ def table(rows: list[dict]) -> str:
     has_shifts = any(row["shift"] != 1 for row in rows)
     head = f"{'split':<6}{'loops':>8}{'loss':>9}{'bits/token':>12}{'bits/byte':>11}{'accuracy':>10}"
     if has_levels:
-        head += f"{'exact':>9}  by level"
+        head += f"{'exact':>9}  exact by level"
     if has_shifts:
         head += "  tokens ahead"
     lines = [head]
@@ -348,7 +348,7 @@ def table_of_levels(levels: list[dict]) -> str:
     numbers = sorted(split_of)
     shared = [n for n in sorted({n for _, n in accuracy}) if all((k, n) in accuracy for k in own)]
     head = f"{'level':>5}{'loops':>7}{'right':>8}" + "".join(f"{f'at {n}':>8}" for n in shared)
-    lines = ["accuracy by level, at its own loops and at others", head]
+    lines = ["positions that are right, by level, at its own loops and at others", head]
     for before, level in zip([numbers[0], *numbers], numbers):
         if split_of[before] != split_of[level]:
             lines.append("-" * len(head))

@@ -334,9 +334,10 @@ def byte_level_json(vocab: dict[str, int], merges: Sequence[tuple], end: str) ->
 # the model card
 
 OPEN_OURS = """
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True, n_loop={n_loop})
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)  # if it has one
 """
 OPEN_PLAIN = """
 from transformers import AutoModelForCausalLM

@@ -277,6 +277,8 @@ def exit_finding(curves: Arrays, where: str = "") -> str:
     by_half = curves[f"{rule} share"][i][: n // 2].sum()
     verdict = "Most tokens need few loops" if by_half > 0.5 else "Early exit saves loops"
     k = min(n, math.ceil(loops))
+    if fixed[k - 1] <= loss:
+        verdict = "Early exit saves nothing that fewer loops for all would not"
     return (
         f"{verdict}: stopped by {rule} at {curves[f'{rule} threshold'][i]:.2g}, a token takes "
         f"{loops:.1f} of {n} loops{of_group} on average, for a loss of {nats(loss)} "

@@ -124,26 +124,30 @@ class RunLog:
         if self.bar:
             self.bar.update()
 
-    def close(self, finished: bool) -> None:
-        """Close what is open. finished: all steps are made; what to do next is printed."""
+    def close(self, finished: bool, is_task: bool = False) -> None:
+        """Close what is open. finished: all steps are made; what to do next is printed.
+
+        is_task: the data are rows of a task, not text.
+        """
         if self.bar:
             self.bar.close()
             self.bar = None
         if finished and self.folder:
-            self.print(next_commands(self.folder))
+            self.print(next_commands(self.folder, is_task))
         if self.wandb:
             self.wandb.finish()
         if self.board:
             self.board.close()
 
 
-def next_commands(folder: Path) -> str:
+def next_commands(folder: Path, is_task: bool) -> str:
     """Return what one does with a finished run, as commands."""
     name = shlex.quote(str(folder))
-    lines = [f"{folder} is finished. Text from it, and pictures of it:"]
-    for script in ("sample.py", "analyze.py"):
-        lines.append(f"    python {script} {name}")
-    return "\n".join(lines)
+    pictures = f"    python analyze.py {name}"
+    if is_task:
+        return f"{folder} is finished. Pictures of it:\n{pictures}"
+    text = f"    python sample.py {name}"
+    return f"{folder} is finished. Text from it, and pictures of it:\n{text}\n{pictures}"
 
 
 # keys of a step's entry that are not means over its tokens

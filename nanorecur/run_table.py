@@ -78,7 +78,7 @@ def grid_points(grid: dict) -> Iterator[tuple[str, list[str]]]:
     names = set()
     for point in itertools.product(*(by_value.items() for by_value in grid.values())):
         words = [f"{name}={value}" for name, (value, _) in zip(grid, point)]
-        folder = re.sub(r"[^\w.,=+-]", "_", ",".join(words))
+        folder = re.sub(r"[^\w.,=+-]", "_", "+".join(words))
         if folder in names:
             raise ValueError(f"{folder}: two runs would have this folder")
         names.add(folder)

@@ -230,7 +230,9 @@ def test_levels_are_scored_at_their_own_loops_and_at_those_asked_for(run_by_leve
         assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5)
         all_right = ((logits.argmax(-1) == y) | (y < 0)).all(1)
         assert entry["exact"] == pytest.approx(all_right.float().mean().item())
-    table = run.out.split("accuracy by level, at its own loops and at others\n")[-1].splitlines()
+    table = run.out.split("positions that are right, by level, at its own loops and at others\n")[
+        -1
+    ].splitlines()
     assert table[0].split() == ["level", "loops", "right", "at", "1", "at", "4"]
     assert set(table[4]) == {"-"}
     at = {(e["level"], e["loops"]): f"{e['accuracy']:.1%}" for e in entries}

@@ -69,7 +69,7 @@ def test_eval_only_prints_the_table_and_writes_nothing(plain_run, corpus):
     again = train(corpus, folder, "--init_from=resume", "--eval_only", "--eval_loops=1,2,4")
     assert again.code == 0, again.err
     printed, as_json = again.out.rstrip().rsplit("\n", 1)
-    assert run.out.rstrip().endswith(printed.rstrip().split("\n\n")[-1])
+    assert printed.rstrip().split("\n\n")[-1] in run.out
     assert json.loads(as_json) == last_rows(folder)
     assert before == {path: path.read_bytes() for path in folder.iterdir()}
 
@@ -145,7 +145,7 @@ def test_a_task_is_scored_on_its_answers_and_by_level(task, tmp_path):
         want = task_scores(model, torch.from_numpy(data).view(-1, 7), row["loops"], levels)
         assert row["by_level"] == pytest.approx(want.pop("by_level"))
         assert {name: row[name] for name in want} == pytest.approx(want, rel=1e-5)
-    assert re.search(r"exact  by level\ntrain .* 1:\d+% 2:\d+%\n", run.out)
+    assert re.search(r"exact  exact by level\ntrain .* 1:\d+% 2:\d+%\n", run.out)
 
 
 def test_each_shift_is_evaluated(corpus, tmp_path):

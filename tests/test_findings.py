@@ -150,6 +150,9 @@ def test_exits_are_the_cheapest_of_all_rules_at_hardly_any_loss():
         "Early exit saves loops: stopped by kl at 0.02, a token takes 3.0 of 4 loops on average, "
         "for a loss of 1.341 (within 0.001 nats); with 3 for every token it is 1.350."
     )
+    kl = [NEVER, (0.02, 1.5, 1.343, [0.5, 0.5, 0, 0])]
+    text = findings.exit_finding(exits_of([1.56, 1.343, 1.342, 1.34], kl=kl))
+    assert text.startswith("Early exit saves nothing that fewer loops for all would not: ")
 
 
 def test_exits_that_save_nothing_are_said_to():

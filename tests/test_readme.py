@@ -25,7 +25,6 @@ STANDS_FOR = {
     ".venv/bin/python": "python",
     "hf:HuggingFaceTB/SmolLM2-360M": "hf:../llama",
     "sample.py gpt2": "sample.py ../gpt2",
-    "--tokenizer=gpt2": "--tokenizer=bytes",
     " out-x": " out-Huginn",
     "--watch=30": "--watch=1",
     "--nproc_per_node=8": "--nproc_per_node=2",
@@ -45,6 +44,9 @@ SMALL = {
     "python train.py config/heal_smollm2.py": STEPS
     + " --n_prelude=2 --n_block=4 --n_coda=2 --block_size=32 --gradient_accumulation_steps=2"
     + " --compile=False",
+    "torchrun --standalone --nproc_per_node=2 train.py config/quickstart.py": STEPS
+    + WIDTH
+    + " --out_dir=out-two",
     "torchrun --standalone --nproc_per_node=2 train.py config/train_gpt2_looped.py": STEPS
     + WIDTH
     + " --block_size=32 --gradient_accumulation_steps=2 --dataset=pycode --compile=False",

@@ -74,6 +74,9 @@ def test_a_finished_run_says_what_comes_next(name, as_typed, tmp_path, monkeypat
         f"python sample.py {as_typed}",
         f"python analyze.py {as_typed}",
     ]
+    run_log(name).close(finished=True, is_task=True)
+    out = capsys.readouterr().out
+    assert f"python analyze.py {as_typed}" in out and "sample.py" not in out
     run_log(name).close(finished=False)
     run_log(name, writes=False).close(finished=True)
     assert capsys.readouterr().out == ""

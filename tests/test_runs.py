@@ -44,10 +44,10 @@ def test_repeated_options_span_the_grid_and_others_hold_for_all():
     fixed, grid = run_table.split_grid(words, KNOBS)
     assert fixed == ["c.py", "--n_embd=8"]
     assert list(run_table.grid_points(grid)) == [
-        ("seed=1,n_loop=2", ["--seed=1", "--n_loop=2"]),
-        ("seed=1,n_loop=4", ["--seed=1", "--n_loop=4"]),
-        ("seed=2,n_loop=2", ["--seed=2", "--n_loop=2"]),
-        ("seed=2,n_loop=4", ["--seed=2", "--n_loop=4"]),
+        ("seed=1+n_loop=2", ["--seed=1", "--n_loop=2"]),
+        ("seed=1+n_loop=4", ["--seed=1", "--n_loop=4"]),
+        ("seed=2+n_loop=2", ["--seed=2", "--n_loop=2"]),
+        ("seed=2+n_loop=4", ["--seed=2", "--n_loop=4"]),
     ]
 
 
@@ -397,7 +397,7 @@ def test_a_sweep_trains_the_grid_and_leaves_finished_runs_alone(corpus, tmp_path
     grid = ("--seed=1", "--seed=2", "--n_embd=8", "--n_embd=16")
     run = sweep(corpus, tmp_path, *grid)
     assert run.code == 0, run.err
-    names = [f"seed={seed},n_embd={n}" for seed in (1, 2) for n in (8, 16)]
+    names = [f"seed={seed}+n_embd={n}" for seed in (1, 2) for n in (8, 16)]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     assert states_of(run) == ["started", "finished"] * 4
     *rows, first_mean, _, second_mean, _ = table_of(run)

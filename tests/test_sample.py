@@ -53,7 +53,7 @@ def test_n_loop_0_is_the_models_own(folder):
 
 
 WRONG = {
-    "--start=\u2603": "alphabet",
+    "--start=\u2603": "; --start= takes another text",
     "--start=": "empty",
     "--start=FILE:nowhere.txt": "nowhere.txt",
     "--start=FILE:empty.txt": "empty",
@@ -62,6 +62,7 @@ WRONG = {
     "--out_dir=nowhere": "nowhere: no such checkpoint; runs here: none; --source=nowhere takes",
     "--source=nowhere": "nowhere: no such checkpoint",
     "nowhere": "nowhere: no such checkpoint",
+    "begun": "begun: this run has not saved a checkpoint yet",
     "--exit_rule=kl": "exit_rule='kl': must be left out, or with --automatic_loop_exit",
     "--min_loops=2": "min_loops=2: must be left out, or with --automatic_loop_exit",
     "--automatic_loop_exit_threshold=1": "threshold=1.0: must be left out, or with --automatic",
@@ -91,6 +92,9 @@ WRONG = {
 def test_wrong_input_is_refused_in_one_line(folder, tmp_path, wrong):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "begun").mkdir()
+    for name in ("config.json", "sessions.jsonl"):
+        (tmp_path / "begun" / name).write_text("{}")
     arguments = [wrong] if wrong.startswith("--start") else wrong.split()
     run = sample(folder, *arguments, cwd=tmp_path)
     assert_refused(run, WRONG[wrong])

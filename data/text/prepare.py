@@ -92,5 +92,8 @@ with clear_errors():
         write_dataset(folder, fields, {"train": heads, "val": tails}, separate=True)
 
 dataset = folder.resolve() if out_dir else name
+if tokenizer.startswith("hf:"):
+    print("next, that model folded into a loop and trained on this text; its head says more:")
+    print(f"python train.py config/heal_smollm2.py --init_from={tokenizer} --dataset={dataset}")
 print("next, a small looped model that fits any tokenizer, though it was tuned for bytes:")
 print(f"python train.py config/quickstart.py --dataset={dataset}{window} --out_dir=out-{name}")
