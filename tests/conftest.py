@@ -32,6 +32,11 @@ from nanorecur.dataset import load_meta, open_split, write_dataset, write_task
 from nanorecur.exit_rules import exit_evaluation, make_exit
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the test that takes longest, while other processes run the others."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 def slow(*values):
     """Return a case of pytest.mark.parametrize that only pytest -m slow runs."""
     return pytest.param(*values, marks=pytest.mark.slow)

@@ -648,7 +648,8 @@ def check_checkpoint(again, it, flops):
 def check_steps(again, entries, out, peak, wall):
     """Compare all entries and lines of steps. peak: FLOP/s of all processes. wall: of the run."""
     steps, logged = again.config["max_iters"], {e["iter"]: e for e in entries if "lr" in e}
-    assert list(logged) == list(range(0, steps, again.config["log_interval"]))
+    wanted = {*range(0, steps, again.config["log_interval"]), steps - 1}
+    assert list(logged) == sorted(wanted)
     flops, before = 0, {"iter": -1, "flops": 0, "elapsed": 0.0}
     for it in range(steps):
         flops += again.flops(it)

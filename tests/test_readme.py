@@ -60,7 +60,7 @@ SMALL = {
     "python bench.py": " --rounds=1 --steps=1 --device=cpu" + WIDTH,
     "python bench.py train": " --rounds=1 --steps=1 --device=cpu --compile=False" + WIDTH,
     "python bench.py race": " --rounds=1 --max_iters=2 --eval_iters=1" + WIDTH,
-    "python bench.py plan": "",
+    "python bench.py plan": WIDTH + " --block_size=64",
 }
 THEIR_TRAIN = """
 import os, shutil, sys
