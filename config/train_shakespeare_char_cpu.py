@@ -2,7 +2,8 @@
 # python train.py config/train_shakespeare_char_cpu.py
 # Loss to expect: 1.73 on validation after 2,000 steps, about 50 s on two CPU cores (nanoGPT's
 # README command for the CPU: 0.80M parameters, 1.90, about 110 s on the same ones).
-# Losses of three seeds, for `against` of runs.py table: docs/curves/train_shakespeare_char_cpu.jsonl
+# Losses of three seeds, which `against` of runs.py table takes:
+# docs/curves/train_shakespeare_char_cpu.jsonl
 
 out_dir = "out-shakespeare-char-cpu"
 init_from = "auto"  # run again, it goes on or is done

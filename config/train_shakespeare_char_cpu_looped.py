@@ -3,7 +3,8 @@
 # python train.py config/train_shakespeare_char_cpu_looped.py
 # Loss to expect: 1.62 to 1.63 on validation from 6 loops on, the same at 12 and 24, 1.92 at one;
 # about 3 minutes on two CPU cores. The same block unlooped (--use_model_baseline=True): 1.73.
-# Losses of three seeds, for `against` of runs.py table: docs/curves/train_shakespeare_char_cpu_looped.jsonl
+# Losses of three seeds, which `against` of runs.py table takes:
+# docs/curves/train_shakespeare_char_cpu_looped.jsonl
 
 out_dir = "out-shakespeare-char-cpu-looped"
 init_from = "auto"  # run again, it goes on or is done
