@@ -355,22 +355,13 @@ def windows_in_words(run: Run) -> str:
     return f"{text}, those that train.py evaluates."
 
 
-def runs_inside(source: str) -> list[str]:
-    """Return the folders of the runs in a folder that is no run itself, else the source."""
-    inside = sorted(str(path.parent) for path in Path(source).glob("*/config.json"))
-    return inside if inside and not checkpoint.exists(source) else [source]
-
-
 def find_sources() -> list[str]:
     """Return what is analyzed. ValueError where there is no run in out_dir."""
     if compare:
         require("source", source, not source, "left out, or one of those in compare")
-        compared = []
-        for name in filter(None, compare.split(",")):
-            compared += runs_inside(name)
-        return list(dict.fromkeys(compared))
+        return list(dict.fromkeys(filter(None, compare.split(","))))
     if source:
-        return runs_inside(source)
+        return [source]
     if not checkpoint.exists(out_dir):
         found = ", ".join(runs_here()) or "none"
         raise ValueError(f"{out_dir}: no such checkpoint; runs here: {found}")
@@ -393,7 +384,11 @@ with clear_errors():
     check_ranges(globals(), limits)
     require("spectral_clip_beta", spectral_clip_beta, spectral_clip_beta > 0, "positive")
     device = pick_device(device)
-    sources = find_sources()
+    sources = []
+    for found in find_sources():
+        is_sweep = not (checkpoint.exists(found) or Path(found, "config.json").exists())
+        inside = run_table.runs_inside(Path(found)) if is_sweep else []
+        sources += map(str, inside or [found])
     names = [Path(source).name for source in sources]
     if len(set(names)) < len(names):
         names = sources
@@ -862,9 +857,8 @@ def add_findings(page: Page, run: Run, found: list[str]) -> None:
     for text in found:
         page.add(items, "li", text)
     for name, group in groups.items():
-        if group.run is run and not n_loop and run.model.config.loop_sampling != "fixed":
-            note = f"{name}: states and exits are measured up to {group.n} loops"
-            page.append("p", f"{note}; 95 % of the draws in training have no more.", "note")
+        if group.run is run and not n_loop:
+            page.append("p", findings.loops_measured(name, model.config, group.n), "note")
 
 
 def findings_of(run: Run, sweep: dict, heads: dict, states: dict, exits: dict) -> list[str]:

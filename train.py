@@ -245,7 +245,8 @@ clip_spectra = optim.SpectralClip(
     raw_model, spectral_clip_beta, spectral_clip_interval, spectral_clip_all
 )
 computed = optim.ComputeCopy(raw_objective, "float32" if shard else param_dtype)
-if compile and hardware.compile_works(device):
+compile = compile and hardware.compile_works(device)
+if compile:
     alone = shard or recompute != "none"  # something else happens between blocks
     compile_parts(computed.objective, raw_model, average.model, by_block=alone)
 recompute_activations(computed.objective.model, recompute)
@@ -267,16 +268,15 @@ with clear_errors():
 log = run_log.RunLog(config, iter_num, processes.is_first, writes)
 log.session(run_log.session_of(config, device, world_size, iter_num, changed))
 n_windows = "streamed" if stream else f"{splits['train'].n_windows:,}"
+how = ", compiled at first use, which can take minutes (--compile=False: not)" if compile else ""
 log.print(
     f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
-    f"{n_windows} windows of {block_size} tokens, on {world_size} x {device} in {dtype}"
+    f"{n_windows} windows of {block_size} tokens, on {world_size} x {device} in {dtype}{how}"
 )
 if resume:
     log.print(resuming.first_line(config, changed, iter_num, finished))
 for words in warnings:
     log.print(f"warning: {words}")
-if compile:
-    log.print("compile=True: the first step takes a minute or more; --compile=False begins at once")
 
 
 def interrupted() -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from configurator import freeze, show
 from model import GPT, GPTConfig
 from nanorecur import options, run_table
+from nanorecur.run_log import clock
 
 Arrays = dict[str, np.ndarray]
 
@@ -57,12 +58,6 @@ def numbers_in_words(numbers: np.ndarray) -> str:
     if len(words) > 4:
         return f"{words[0]} to {words[-1]} ({len(words)} of them)"
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def in_hours(seconds: float) -> str:
-    """Return seconds as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def duration_in_words(seconds: float) -> str:
@@ -142,7 +137,7 @@ def facts_of(
         "data": str(config.get("dataset", "")),
         "training steps": "" if steps is None else f"{steps:,}",
         "training tokens": f"{spent['tokens']:,}" if "tokens" in spent else "",
-        "training time": in_hours(spent["elapsed"]) if "elapsed" in spent else "",
+        "training time": clock(spent["elapsed"]) if "elapsed" in spent else "",
         "device": session.get("device", ""),
         "commit": commit_of(session),
         "command": session.get("command", ""),
@@ -227,6 +222,14 @@ def beyond_in_words(loops: np.ndarray, losses: np.ndarray, n: int, loss: float) 
         return f", and it stays within {SMALL_NATS} nats of that up to {deeper[-1]}"
     tenths = max(1, math.ceil(1000 * within / loss))  # of a percent, rounded up
     return f", and it stays within {tenths / 10} % of that up to {deeper[-1]}"
+
+
+def loops_measured(name: str, config: GPTConfig, n: int) -> str:
+    """Return up to how many loops states and exits are measured, and why. name: of the group."""
+    why = "as the config says"
+    if config.loop_sampling != "fixed":
+        why = "which 19 in 20 of the draws in training do not exceed"
+    return f"{name}: states and exits are measured up to loop {n}, {why}."
 
 
 def settling_finding(change: np.ndarray, where: str = "") -> str:

@@ -120,13 +120,16 @@ def run_folders(sources: Iterable[str]) -> list[Path]:
     """Return the folders of runs among sources and, where one is no run, directly inside it."""
     folders = []
     for source in map(Path, sources):
-        found = [source]
-        if not (source / "config.json").exists():
-            found = sorted(path.parent for path in source.glob("*/config.json"))
+        found = [source] if (source / "config.json").exists() else runs_inside(source)
         if not found:
             raise ValueError(f"{source}: holds no run, for it has no config.json")
         folders += found
     return folders
+
+
+def runs_inside(folder: Path) -> list[Path]:
+    """Return the folders of the runs directly inside a folder, such as that of a sweep."""
+    return sorted(path.parent for path in folder.glob("*/config.json"))
 
 
 def changed_options(config: dict, wanted: dict) -> list[str]:

@@ -504,6 +504,7 @@ WRONG = [
     ("{}/ungated --exit_rule=gate --start=abcdef", "exit_rule=gate: needs a model with"),
     ("{}/ungated", "give --start some text"),
     ("{}/infinite --start=abcdef", "not all finite"),
+    ("{}/sweep --start=abcdef", "sweep/n_loop=2,3+seed=1: this run has not saved a checkpoint yet"),
     ("--compare {}/looped {}/none", "no such checkpoint"),
     ("--compare={}/looped,{}/none", "no such checkpoint"),
     ("--outdir=x", "did you mean 'out_dir'"),
@@ -523,6 +524,10 @@ def sources(trained):
     (trained / "badlog" / "log.jsonl").write_text("\n".join(lines))
     shutil.copytree(trained / "looped", trained / "badsessions")
     (trained / "badsessions" / "sessions.jsonl").write_text('{"commit": "0"}\n')
+    begun = trained / "sweep" / "n_loop=2,3+seed=1"  # a run inside the folder of a sweep
+    begun.mkdir(parents=True)
+    for name in ("config.json", "sessions.jsonl"):
+        (begun / name).write_text("{}")
     model = build(vocab_size=256)
     pretrained.export(model, trained / "ungated", {"tokenizer": "bytes"})
     model.transformer.ln_f.weight.data.fill_(math.inf)

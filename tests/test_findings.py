@@ -155,6 +155,12 @@ def test_exits_are_the_cheapest_of_all_rules_at_hardly_any_loss():
     assert text.startswith("Early exit saves nothing that fewer loops for all would not: ")
 
 
+def test_the_depth_of_the_measures_is_said_to_be_that_of_most_draws():
+    fixed, sampled = GPTConfig(n_block=1), GPTConfig(n_block=1, loop_sampling="poisson")
+    assert findings.loops_measured("out", fixed, 4).endswith("up to loop 4, as the config says.")
+    assert "loop 11, which 19 in 20 of the draws" in findings.loops_measured("out", sampled, 11)
+
+
 def test_exits_that_save_nothing_are_said_to():
     kl = [NEVER, (0.02, 3.8, 1.341, [0, 0, 0.2, 0.8]), (0.5, 2.0, 1.4, [0, 1, 0, 0])]
     assert findings.exit_finding(exits_of([1.56, 1.4, 1.35, 1.34], kl=kl)) == (
@@ -321,7 +327,6 @@ def test_numbers_in_words():
         "40 %",
         "100 %",
     ]
-    assert findings.in_hours(3725.4) == "1:02:05"
     durations = [findings.duration_in_words(x) for x in (34.4, 464, 7300)]
     assert durations == ["34 seconds", "7.7 minutes", "2.0 hours"]
     assert [findings.count_in_words(x) for x in (950, 1234, 5e6)] == ["950", "1.2k", "5.00M"]
