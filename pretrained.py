@@ -588,13 +588,15 @@ def meta_tensors(config: GPTConfig) -> dict[str, Tensor]:
     return without_tied_head(config, model_without_weights(config).state_dict())
 
 
-class NoDraws(TorchFunctionMode):
-    """Skips random draws: on the meta device they do nothing, but import much of torch."""
+class NoValues(TorchFunctionMode):
+    """Skips first values: on the meta device they do nothing, but import much of torch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_", "erfinv_"):
             return args[0] if args else kwargs["tensor"]
+        if func.__name__ == "eye" and "out" in kwargs:
+            return kwargs["out"]
         return func(*args, **kwargs)
 
 
@@ -607,7 +609,7 @@ def model_without_weights(config: GPTConfig) -> GPT:
     """Return a model with its parameters on the meta device and its buffers on the CPU."""
     hook = register_module_parameter_registration_hook(to_meta)
     try:
-        with NoDraws():
+        with NoValues():
             return GPT(config)
     finally:
         hook.remove()

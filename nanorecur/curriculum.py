@@ -55,6 +55,8 @@ class Curriculum:
         means = [max(1, math.ceil(share * n)) for n in self.model.counts()]
         rows = config["batch_size"] * config["gradient_accumulation_steps"]
         draws = rows if config["loops_per_row"] else 1
+        if it < steps_of_one_loop(config):
+            return [(1,) * len(means)] * draws
         return [sample_loops(self.model, generator, means) for _ in range(draws)]
 
     def level(self, it: int) -> int:
@@ -70,6 +72,11 @@ class Curriculum:
         if self.by_level:
             return self.split.shuffled_level(self.level(it), positions, self.seed)
         return self.split.shuffled(positions, self.seed)
+
+
+def steps_of_one_loop(config: dict) -> int:
+    """Return the number of steps, the first ones, that loop once (loop_start)."""
+    return math.ceil(config["loop_start"] * config["max_iters"])
 
 
 def risen(it: int, over: int) -> float:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configurator import check_ranges, require
 from model import GPT, sample_loops
+from nanorecur.curriculum import steps_of_one_loop
 from nanorecur.hardware import Gpu
 from nanorecur.objectives import Objective
 from nanorecur.options import check_options
@@ -158,11 +159,18 @@ def bytes_sent(config: dict) -> int:
 # -----------------------------------------------------------------------------
 # time
 def depths_of(config: dict, model: GPT) -> dict[tuple[int, ...], float]:
-    """Return {loop counts: share of the steps}: of the one there is, or of 1,000 draws."""
+    """Return {loop counts: share of the steps}: of the one there is, or of 1,000 draws.
+
+    Beside them those of loop_start, which loop once.
+    """
+    once = steps_of_one_loop(config) / max(1, config["max_iters"])
     generator = torch.Generator().manual_seed(config["seed"])
     draws = 1 if model.config.loop_sampling == "fixed" else 1000
     counts = Counter(sample_loops(model.config, generator) for _ in range(draws))
-    return {depth: count / draws for depth, count in counts.items()}
+    shares = Counter({(1,) * len(model.config.counts()): once})
+    for depth, count in counts.items():
+        shares[depth] += (1 - once) * count / draws
+    return {depth: share for depth, share in shares.items() if share}
 
 
 def recomputed_flops(model: GPT, recompute: str, n_loop: Loops) -> int:

@@ -291,7 +291,6 @@ def loop_until_exit(
     return s, used
 
 
-@torch.compiler.set_stance("force_eager")  # the cache changes with each call: a graph for each
 @torch.no_grad()
 def exit_logits(
     model: GPT,
@@ -319,16 +318,19 @@ def exit_logits(
         asked = [*asked, looped[group]]
     x, ctx = model.embed(idx)
     used = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-    for number, stage in enumerate(stages):
-        if not stage.looped:
-            x = stage(x, ctx)
-            continue
-        rule = exit_rule if number in asked else None
-        logits_here = partial(read_out, model, stages[number:], ctx)
-        s, loops = loop_until_exit(stage, x, ctx, rule, min_loops, logits_here)
-        x = stage.loop.exit(s)
-        if number in counted:
-            used = used + loops
+    # The cache changes with each call: compiled, each call would be a graph of its own. As a
+    # decorator this would load the compiler at once, and scripts would start half as fast.
+    with torch.compiler.set_stance("force_eager"):
+        for number, stage in enumerate(stages):
+            if not stage.looped:
+                x = stage(x, ctx)
+                continue
+            rule = exit_rule if number in asked else None
+            logits_here = partial(read_out, model, stages[number:], ctx)
+            s, loops = loop_until_exit(stage, x, ctx, rule, min_loops, logits_here)
+            x = stage.loop.exit(s)
+            if number in counted:
+                used = used + loops
     T = idx.size(1)
     return model.logits(model.transformer.ln_f(x)[:, -T:]), used[:, -T:]
 

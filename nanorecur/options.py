@@ -44,6 +44,7 @@ RANGES = {  # option: (least, most)
     "lr_decay_iters": (0, inf),
     "hold_iters": (0, inf),
     "min_lr": (0, inf),
+    "loop_start": (0, 1),
     "loop_warmup_iters": (0, inf),
     "level_warmup_iters": (0, inf),
     "loops_beyond": (0, inf),
@@ -169,8 +170,10 @@ def without_effect(config: dict, looped: bool) -> dict[str, str]:
 
     plain = "nothing is looped (n_block=0 and no loop_groups)"
     need(looped, plain, "bptt_k", "loop_sampling", "loop_noise_scale", "eval_loops")
-    need(looped, plain, "loop_warmup_iters", "loops_per_row", "automatic_loop_exit")
+    need(looped, plain, "loop_start", "loop_warmup_iters", "loops_per_row", "automatic_loop_exit")
     need(config["loops_of_level"], "loops_of_level=()", "loops_beyond")
+    given_by_level = "loops_of_level says how often a step loops"
+    need(not config["loops_of_level"], given_by_level, "loop_start", "loop_warmup_iters")
     need(config["loop_warmup_iters"], "loop_warmup_iters=0", "loop_warmup")
     need(looped or config["spectral_clip_all"], plain, "spectral_clip_beta")
     clip = ("spectral_clip_interval", "spectral_clip_all")

@@ -21,6 +21,7 @@ import torch
 
 from configurator import Knob, freeze, read_argument, require, show
 from model import GPTConfig
+from nanorecur import options
 from nanorecur.estimate import depths_of
 from nanorecur.objectives import Objective
 from nanorecur.resuming import OF_THE_MACHINE
@@ -98,6 +99,7 @@ def read_run(folder: str | Path) -> Run:
         tokens_per_step(config), config["max_iters"] + 0
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         raise ValueError(f"{path}: missing, or not one that train.py writes") from None
+    config = options.defaults() | config  # a run of older code has fewer options
     return Run(str(folder), config, read_log(Path(folder, "log.jsonl")))
 
 

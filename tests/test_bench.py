@@ -408,7 +408,7 @@ def test_a_plan_with_a_slow_link_is_limited_by_it():
 
 @pytest.mark.slow
 def test_a_plan_that_does_not_fit_names_what_would_help():
-    text = "\n".join(plan("--gpu=rtx-3080", "--batch_size=50000", *SHALLOW))
+    text = "\n".join(plan("--gpu=rtx-3080", "--n_embd=2048", "--batch_size=2000", *SHALLOW))
     found = re.findall(r"^  --(\w+)=(\w+) +([\d,]+) MiB, (fits|too much)$", text, re.M)
     assert "What limits is memory: " in text and "more than the 9.5 that can be used" in text
     assert {name for name, *_ in found} == {"recompute", "loss_chunk", "batch_size"}

@@ -1,8 +1,11 @@
 """Compiled stages: the numbers of eager ones, and no new graph for another number of loops."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import build, tokens
+from conftest import ROOT, build, tokens
 from torch.testing import assert_close
 
 from nanorecur.compilation import compile_parts
@@ -46,6 +49,13 @@ def train_both(ours, theirs, idx, n_loop):
 
 def graphs():
     return COUNTERS["stats"]["unique_graphs"]
+
+
+def test_importing_the_project_does_not_load_the_compiler():
+    """It takes as long to load as the rest of torch."""
+    modules = "decode, nanorecur.evaluation, nanorecur.findings, nanorecur.training_step"
+    code = f"import sys, {modules}; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 KINDS = [

@@ -83,6 +83,7 @@ def test_rows_and_targets_of_another_length_are_refused(tmp_path):
 def curriculum_of(folder, **options):
     config = dict(seed=7, loops_of_level=(1, 0), loops_beyond=0, level_warmup_iters=0)
     config |= dict(loop_warmup_iters=0, loop_warmup="linear", loops_per_row=False)
+    config |= dict(loop_start=0.0, max_iters=100)
     config |= dict(batch_size=4, gradient_accumulation_steps=2, **options)
     model = pretrained.GPTConfig(n_block=1, n_loop=2, n_embd=32, n_head=4)
     return Curriculum(config, model, split_of(folder))

@@ -430,6 +430,8 @@ class Again:
         means = [math.ceil(share * n) for n in model_config.counts()]
         generator = torch.Generator().manual_seed(random_key(self.config["seed"], "loops", it))
         draws = self.n_rows if self.config["loops_per_row"] else 1
+        if it / self.config["max_iters"] < self.config["loop_start"]:
+            return draws * [tuple(1 for _ in means)]
         return [sample_loops(model_config, generator, means) for _ in range(draws)]
 
     @property
@@ -765,6 +767,7 @@ CASES = {
         {PLAIN} --n_layer=3 --loop_groups=[[0],[2]] --loop_counts=2,3 --eval_loops=2
         --optimizer=muon --logit_softcap=2""",
     "loops per row": "--loops_per_row --loop_sampling=uniform --n_loop=3",
+    "late": "--loop_start=0.4 --loop_sampling=uniform --n_loop=3",
     "bfloat16": "--dtype=bfloat16",
     "bfloat16 in chunks": "--dtype=bfloat16 --loss_chunk=9 --n_ahead=2",
     "bfloat16 weights": "--param_dtype=bfloat16",

@@ -133,6 +133,22 @@ def test_flops_per_token_are_the_mean_over_the_depths_that_are_drawn(config):
     assert mean not in of_depths
 
 
+def test_a_late_loop_costs_one_loop_until_it_begins(config):
+    looped = config | {"loop_sampling": "fixed", "n_loop": 3}
+    objective = run_table.model_of(looped)
+    late = run_table.mean_flops(looped | {"loop_start": 0.5, "max_iters": 9}, objective)
+    one, three = objective.flops_per_token(1), objective.flops_per_token(3)
+    assert late == pytest.approx((5 * one + 4 * three) / 9) and one < three
+    first = run_table.mean_flops(looped | {"loop_start": 1}, objective)
+    assert first == objective.flops_per_token(1)
+
+
+def test_a_run_of_older_code_has_the_defaults_of_options_that_it_did_not_have(tmp_path, config):
+    older = {name: value for name, value in config.items() if name != "loop_start"}
+    (row,) = rows_of(write_run(tmp_path / "a", older, log_of(3.0)))
+    assert row["flops_per_token"] == run_table.mean_flops(config, run_table.model_of(config))
+
+
 def test_a_baseline_counts_what_it_trains(config):
     changed = config | {"use_model_baseline": True, "objective": "deep"}
     objective = run_table.model_of(changed)

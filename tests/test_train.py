@@ -420,6 +420,13 @@ def test_loops_are_warmed_up(corpus, tmp_path, kind, expected):
     assert logged(tmp_path / "out", "loops") == expected
 
 
+@pytest.mark.parametrize("start, once", [("0", 0), ("0.3", 3), ("0.5", 4), ("1", 8)])
+def test_the_first_steps_loop_once(corpus, tmp_path, start, once):
+    options = ("--n_loop=4", "--n_block=1", f"--loop_start={start}", "--eval_iters=1")
+    train(corpus, tmp_path / "out", *options)
+    assert logged(tmp_path / "out", "loops") == [1] * once + [4] * (8 - once)
+
+
 SCHEDULES = {  # as shares of the largest rate
     "": [1 / 3, 2 / 3, *[0.1 + 0.45 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]],
     "--lr_schedule=linear": [1 / 3, 2 / 3, *[1 - 0.9 * i / 6 for i in range(6)]],
