@@ -355,13 +355,23 @@ def windows_in_words(run: Run) -> str:
     return f"{text}, those that train.py evaluates."
 
 
+def runs_of(name: str) -> list[str]:
+    """Return the runs in the folder of a sweep, or what else has been named, alone."""
+    if checkpoint.exists(name) or Path(name, "config.json").exists():
+        return [name]
+    return list(map(str, run_table.runs_inside(Path(name)))) or [name]
+
+
 def find_sources() -> list[str]:
     """Return what is analyzed. ValueError where there is no run in out_dir."""
     if compare:
         require("source", source, not source, "left out, or one of those in compare")
-        return list(dict.fromkeys(filter(None, compare.split(","))))
+        compared = []
+        for name in filter(None, compare.split(",")):
+            compared += runs_of(name)
+        return list(dict.fromkeys(compared))
     if source:
-        return [source]
+        return runs_of(source)
     if not checkpoint.exists(out_dir):
         found = ", ".join(runs_here()) or "none"
         raise ValueError(f"{out_dir}: no such checkpoint; runs here: {found}")
@@ -384,11 +394,7 @@ with clear_errors():
     check_ranges(globals(), limits)
     require("spectral_clip_beta", spectral_clip_beta, spectral_clip_beta > 0, "positive")
     device = pick_device(device)
-    sources = []
-    for found in find_sources():
-        is_sweep = not (checkpoint.exists(found) or Path(found, "config.json").exists())
-        inside = run_table.runs_inside(Path(found)) if is_sweep else []
-        sources += map(str, inside or [found])
+    sources = find_sources()
     names = [Path(source).name for source in sources]
     if len(set(names)) < len(names):
         names = sources

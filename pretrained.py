@@ -589,7 +589,7 @@ def meta_tensors(config: GPTConfig) -> dict[str, Tensor]:
 
 
 class NoValues(TorchFunctionMode):
-    """Skips first values: on the meta device they do nothing, but import much of torch."""
+    """Skips filling new parameters: on the meta device it only imports much of torch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -416,8 +416,8 @@ def planned_config(path: str) -> dict:
 
 
 def matching_steps(config: dict, target: float) -> int:
-    of_one = run_table.training_flops(config | {"max_iters": 1})
-    return max(1, round(target / of_one))
+    of_a_step = run_table.training_flops(config) / config["max_iters"]
+    return max(1, round(target / of_a_step))
 
 
 def matching_layers(config: dict, target: float) -> int:

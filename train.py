@@ -87,7 +87,7 @@ entropy_weight = 0.1  # objective=exit: reward for the gate's entropy (Ouro's be
 distill_weight = 0.5  # objective=distill: weight of the divergence from the last loop
 ahead_weight = 0.3  # weight of the losses of n_ahead's further heads, together
 # rarely: loops
-loop_start = 0.0  # share of the steps, at first, that loop once whatever n_loop is
+loop_start = 0.0  # share of max_iters, from step 0 on, in which every step loops once
 loops_per_row = False  # draw a loop count for each window instead of each step
 loop_warmup_iters = 0  # steps over which loop counts rise to their value; 0: off
 loops_of_level = ()  # 1,0: rows of a task get 1 x their level + 0 loops, one level in each step
@@ -108,7 +108,7 @@ ema_decay = 0.0  # evaluate and save a moving average of the weights, such as 0.
 eval_stride = 0  # score the whole split, in windows this many tokens apart; 0: eval_iters batches
 automatic_loop_exit = False  # evaluate with early exit too: each token stops looping by itself
 exit_rule = "state"  # relative change of state; kl, entropy (nats); loops of one argmax; gate
-automatic_loop_exit_threshold = 0.03  # below it, or from it on for argmax and gate; 0: never
+automatic_loop_exit_threshold = 0.03  # stop below it; argmax, gate: from it on; 0: never
 save_interval = 0  # steps between further checkpoints; 0: none
 keep_last = 2  # number of checkpoints kept
 keep_every = 0  # steps between checkpoints that are kept for good, as ckpt_<step>.pt; 0: none
@@ -267,7 +267,7 @@ with clear_errors():
 log = run_log.RunLog(config, iter_num, processes.is_first, writes)
 log.session(run_log.session_of(config, device, world_size, iter_num, changed))
 n_windows = "streamed" if stream else f"{splits['train'].n_windows:,}"
-how = ", compiled at first use, which can take minutes (--compile=False: not)" if compile else ""
+how = ", compiled at first use: a minute or more, unless --compile=False" if compile else ""
 log.print(
     f"{raw_model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
     f"{n_windows} windows of {block_size} tokens, on {world_size} x {device} in {dtype}{how}"

@@ -159,9 +159,9 @@ def bytes_sent(config: dict) -> int:
 # -----------------------------------------------------------------------------
 # time
 def depths_of(config: dict, model: GPT) -> dict[tuple[int, ...], float]:
-    """Return {loop counts: share of the steps}: of the one there is, or of 1,000 draws.
+    """Return {loop counts: share of the steps}.
 
-    Beside them those of loop_start, which loop once.
+    Counts that are sampled are 1,000 draws of them. The first steps, by loop_start, loop once.
     """
     once = steps_of_one_loop(config) / max(1, config["max_iters"])
     generator = torch.Generator().manual_seed(config["seed"])

@@ -90,8 +90,8 @@ if [[ $small ]]; then
     ids=(--vocab_size=64) eager=(--compile=False) # to compile takes most of the time
     steps=60 half=30 whole=20 rounds=(--rounds=1) turns=(--rounds=1 --steps=1) few=("${turns[@]}")
     depths=1,2 accumulated=2 n_tokens=20000 peer_batches=(2) decode_loops=4,
-    new=(--prompt_tokens=4 --new_tokens=4)
-    tests=(-k rows_of_their_own_depth) # pytest has the others, on a CPU too
+    new=(--prompt_tokens=4 --new_tokens=4) wide=()
+    tests=(-k rows_of_their_own_depth) # one of them: pytest runs them all on a CPU anyway
 fi
 
 prepare_text() {
@@ -119,10 +119,8 @@ part_A() {
 
     # killed and resumed, in short windows and in windows of many blocks of keys
     resume short
-    if [[ ! $small ]]; then # there both are the same run again
-        resume long "${wide[@]}"
-        resume deterministic "${wide[@]}" --deterministic
-    fi
+    resume long "${wide[@]}"
+    resume deterministic "${wide[@]}" --deterministic
 
     # one process of torchrun, and options that meet there
     local launch=(-m torch.distributed.run --standalone --nproc_per_node=1 train.py)

@@ -121,8 +121,6 @@ WITHOUT = [
     ("eval_loops", (1, 4), {}),
     ("loops_per_row", True, {}),
     ("loop_start", 0.5, {}),
-    ("loop_start", 0.5, dict(n_block=1, loops_of_level=(1, 0))),
-    ("loop_warmup_iters", 5, dict(n_block=1, loops_of_level=(1, 0))),
     ("automatic_loop_exit", True, {}),
     ("spectral_clip_beta", 1.0, {}),
     ("spectral_clip_interval", 5, {}),
@@ -148,6 +146,15 @@ def test_an_option_without_effect_is_refused_if_typed_and_named_if_in_a_file(nam
     (warning,) = check_effects(config, {name}, ["config/x.py"], looped=False)
     assert warning.startswith(f"without effect: {name} (")
     assert check_effects(DEFAULTS, {name}, [f"--{name}"], looped=False) == []
+
+
+@pytest.mark.parametrize("name, value", [("loop_start", 0.5), ("loop_warmup_iters", 5)])
+def test_options_of_loops_are_refused_where_the_level_of_a_row_says_them(name, value):
+    config = {**DEFAULTS, name: value}
+    assert check_effects(config, {name}, [f"--{name}={value}"], looped=True) == []
+    with pytest.raises(ValueError, match=f"{name}=.*: has no effect, loops_of_level says"):
+        by_level = {**config, "loops_of_level": (1, 0)}
+        check_effects(by_level, {name}, [f"--{name}={value}"], looped=True)
 
 
 def test_more_processes_than_gpus_and_nccl_without_one_are_refused(monkeypatch):

@@ -313,6 +313,13 @@ def test_match_finds_the_steps_that_spend_the_flops(pair):
     assert command[:3] == ["python", "train.py", pair[1]] and OPTIONS[0] in command
 
 
+def test_match_counts_the_steps_that_loop_once(pair):
+    run = runs("match", *pair[::-1], *OPTIONS, "--loop_start=0.5")
+    per_step = (flops(n_block=2, n_loop=1) + flops(n_block=2, n_loop=4)) / 2
+    steps = round(200 * 12 * flops(n_layer=3) / (8 * per_step))
+    assert f"at max_iters={steps}, " in run.out, run.err
+
+
 @pytest.mark.slow
 def test_match_finds_the_layers_that_spend_the_flops(pair):
     run = runs("match", *pair, *OPTIONS, "--by=n_layer")
