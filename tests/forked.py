@@ -1,5 +1,5 @@
 """
-train.py in processes of its own, forked from one that has imported torch: a start costs a fraction
+Scripts in processes of their own, forked from one that has imported torch: a start costs a fraction
 of a second, not six.
 """
 
@@ -14,18 +14,20 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+OURS = [str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = OURS
 
 from tqdm import tqdm
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["torture", "datasets", "torch._dynamo", "torch.distributed", "tqdm"]
+# nothing of this repository: a script may be a copy's
+PRELOADED = ["datasets", "hypothesis", "pytest", "torch._dynamo", "torch.distributed", "tqdm"]
 CONTEXT.set_forkserver_preload(PRELOADED)
 PATIENCE = 120  # seconds after which a process that should have ended is a failure
 
 
-def play(arguments, output, environment, prepare):
-    """Run train.py in this process as from the command line, printing to the file output.
+def play(script, arguments, folder, output, environment, prepare):
+    """Run a script of a folder in this process as from the command line, printing to a file.
 
     prepare: () or (function, arguments..), which is called before.
     """
@@ -33,19 +35,28 @@ def play(arguments, output, environment, prepare):
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(environment)
-    os.chdir(ROOT)
-    sys.argv = ["train.py", *map(str, arguments)]
+    os.chdir(folder)
+    sys.path[:] = [path for path in sys.path if path not in OURS]
+    sys.path[:0] = [str(Path(script).resolve().parent), *OURS]
+    sys.argv = [script, *map(str, arguments)]
     # tqdm's own lock is a semaphore of the system, which would outlive a killed process
     tqdm.set_lock(threading.RLock())
     if prepare:
         prepare[0](*prepare[1:])
-    runpy.run_path("train.py", run_name="__main__")
+    runpy.run_path(script, run_name="__main__")
+
+
+def start_script(script, arguments, folder, output, environment, prepare=()):
+    """Start a script, given relative to the folder that it runs in."""
+    settings = (script, arguments, folder, output, environment, prepare)
+    process = CONTEXT.Process(target=play, args=settings)
+    process.start()
+    return process
 
 
 def start(output, *arguments, prepare=(), **environment):
-    process = CONTEXT.Process(target=play, args=(arguments, output, environment, prepare))
-    process.start()
-    return process
+    """Start train.py."""
+    return start_script("train.py", arguments, ROOT, output, environment, prepare)
 
 
 def start_two(output, *arguments, prepare=()):

@@ -329,22 +329,20 @@ def test_a_row_is_random_and_repeats_with_its_seed():
 # -----------------------------------------------------------------------------
 # what it is for
 SHORT = """
-    --batch_size=96 --loops_beyond=4 --muon_learning_rate=0.01 --max_iters=500
-    --level_warmup_iters=250 --hold_iters=250 --eval_interval=500 --eval_loops=4,8,16,32 --seed=1
-    --device=cpu
+    --n_loop=3 --max_iters=500 --level_warmup_iters=150 --hold_iters=250 --eval_interval=500
+    --eval_loops=3,6 --seed=1 --device=cpu
 """.split()
 
 
 @pytest.mark.slow
-def test_more_loops_read_strings_four_times_as_long_as_any_in_training(tmp_path):
-    """config/depth_prefix.py in short: trained up to 16 digits, of which 64 need more loops."""
+def test_more_loops_make_twice_as_many_hops_as_any_in_training(tmp_path):
+    """config/depth_phop.py in short: trained up to 3 hops."""
     data, out = tmp_path / "data", tmp_path / "out"
-    sizes = ("--length=16", "--hard_lengths=32,64", "--train_rows=40000", "--val_rows=100")
-    assert Run("data/prefix/prepare.py", *sizes, f"--out_dir={data}").code == 0
-    folders = (f"--dataset={data}", f"--out_dir={out}")
-    run = Run("train.py", "config/depth_prefix.py", *folders, *SHORT)
+    sizes = ("--every_position", "--length=48", "--hops=3", "--hard_hops=6", "--train_rows=30000")
+    assert Run("data/phop/prepare.py", *sizes, "--val_rows=100", f"--out_dir={data}").code == 0
+    run = Run("train.py", "config/depth_phop.py", f"--dataset={data}", f"--out_dir={out}", *SHORT)
     assert run.code == 0, run.err
     accuracy = {(row["level"], row["loops"]): row["accuracy"] for row in logged(out, "levels")[-1]}
-    assert accuracy[16, 8] > 0.98
-    assert accuracy[64, 4] < 0.65 and accuracy[64, 8] < 0.75  # chance is 0.5
-    assert accuracy[32, 16] > 0.95 and accuracy[64, 32] > 0.9
+    assert accuracy[3, 3] > 0.98
+    assert accuracy[4, 3] < 0.4 and accuracy[6, 3] < 0.4  # chance is 0.25
+    assert accuracy[4, 4] > 0.95 and accuracy[6, 6] > 0.9

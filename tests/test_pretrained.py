@@ -1476,7 +1476,7 @@ def test_the_command(corpus, plain_run, tmp_path):
     ],
 )
 def test_a_wrong_command_is_one_line(arguments, message, tmp_path):
-    run = Run("pretrained.py", *[argument.format(tmp_path) for argument in arguments])
+    run = Run("pretrained.py", *[argument.format(tmp_path) for argument in arguments], cwd=tmp_path)
     assert run.code == 2 and run.err.count("\n") == 1, run.err
     assert message.format(tmp_path) in run.err
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 import yaml
 from conftest import ROOT, prose
+from forked import end, start_script
 from test_bench import make_peer
 from test_eval import rolling_task, write_lines, write_model
 from test_project import README, code_blocks
@@ -95,19 +97,23 @@ def checkout(tmp_path):
 
 
 def run_command(command, folder):
-    """Run a command in a shell and fail with what it printed if it fails."""
+    """Run a command and fail with what it printed if it fails.
+
+    Scripts of Python are forked from a process that has imported torch, others run in a shell.
+    """
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": path, "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    printed = folder.with_name("printed.txt")
+    if command.startswith("python ") and not set(command) & set("|;<>$"):
+        _, script, *arguments = shlex.split(command)
+        codes = end([start_script(script, arguments, folder, printed, environment)], within=300)
+    else:
+        words, both = ["bash", "-c", command], {**os.environ, **environment}
+        with printed.open("a") as file:
+            pipes = {"stdout": file, "stderr": file}
+            codes = [subprocess.run(words, cwd=folder, env=both, timeout=300, **pipes).returncode]
+    assert codes == [0], f"{command}\n{printed.read_text()[-4000:]}"
 
 
 def commands_of_the_readme():
