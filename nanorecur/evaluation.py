@@ -15,7 +15,13 @@ from torch import Tensor
 from model import GPT, shift_labels
 from nanorecur.curriculum import loops_at
 from nanorecur.dataset import Split
-from nanorecur.exit_rules import exit_evaluation, hidden_at_depths, make_exit
+from nanorecur.exit_rules import (
+    ExitRule,
+    exit_evaluation,
+    exit_logits,
+    hidden_at_depths,
+    make_exit,
+)
 from nanorecur.hardware import autocast
 from nanorecur.objectives import Objective
 from nanorecur.parallel import Processes
@@ -96,7 +102,8 @@ class Evaluation:
 
         eval: a dict per (split, loops, shift) with these keys and those of score(): train at the
         model's own loops, other splits at eval_loops too; with predict_ahead val at each shift.
-        objective: what details() returns. levels: what score_levels() returns, if there is any.
+        objective: what details() returns. levels and levels_with_exit: what score_levels() and
+        score_levels_with_exit() return, if there is any.
         """
         model_config = self.model.config
         own = model_config.counts()
@@ -115,6 +122,8 @@ class Evaluation:
             entry = {"eval": rows, "objective": self.details()}
             if self.config["loops_of_level"] or self.config["level_warmup_iters"]:
                 entry["levels"] = self.score_levels(eval_loops)
+                if self.config["automatic_loop_exit"]:
+                    entry["levels_with_exit"] = self.score_levels_with_exit(eval_loops)
             return entry
         except Interrupted:
             return None
@@ -136,6 +145,37 @@ class Evaluation:
                     entry |= {key: scores[key] for key in ("loss", "accuracy", "exact")}
                     found.append(entry)
         return found
+
+    @torch.no_grad()
+    def score_levels_with_exit(self, eval_loops: tuple) -> list[dict]:
+        """Return what each level of a task gets where the model ends its loops by itself.
+
+        A dict per (split, level): accuracy (over targets), exact (rows all right), loops (mean).
+        What a token needs can come from far away, a few tokens in each loop, so that a token at
+        rest may have to change again: a row stops as one, when all of its tokens that have a target
+        would stop, and after the most loops that score_levels() has for its level.
+        """
+        found = []
+        self.model.eval()
+        for name, split in self.splits.items():
+            for level in split.level_numbers() if name != "train" else ():
+                most = max(self.depths_of_level(level, eval_loops)[1])
+                totals = {}
+                for _, x, y in self.batches(split, self.windows_of_level(split, level)):
+                    with autocast(self.device, self.dtype):
+                        parts = self.processes.run(
+                            self.model, score_rows_with_exit, self.model, x, y, self.rule(), most
+                        )
+                    add(totals, parts)
+                scores = means_of(totals, self.processes)
+                found.append({"split": name, "level": level, **scores})
+        self.model.train()
+        return found
+
+    def rule(self) -> ExitRule | None:
+        """Return the rule that automatic_loop_exit stops by."""
+        threshold = self.config["automatic_loop_exit_threshold"]
+        return make_exit(self.model, self.config["exit_rule"], threshold)
 
     def depths_of_level(self, level: int, eval_loops: tuple) -> tuple[int, dict[int, tuple]]:
         """Return (a level's own loops, {loops: a count for each group} to score it at)."""
@@ -216,10 +256,10 @@ class Evaluation:
 
     def exit_sums(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Return {name: (sum, count)} of loss and loops of one batch with exit."""
-        threshold = self.config["automatic_loop_exit_threshold"]
-        rule = make_exit(self.model, self.config["exit_rule"], threshold)
         with autocast(self.device, self.dtype):
-            loss, loops = self.processes.run(self.model, exit_evaluation, self.model, x, y, rule)
+            loss, loops = self.processes.run(
+                self.model, exit_evaluation, self.model, x, y, self.rule()
+            )
         count = (y >= 0).sum().item()
         if count == 0:  # padding alone
             loss = loops = 0.0
@@ -289,6 +329,26 @@ def score_batch(
     return torch.stack(sums), torch.stack(rows)
 
 
+def score_rows_with_exit(
+    model: GPT, x: Tensor, y: Tensor, rule: ExitRule | None, n_loop: int
+) -> dict[str, Tensor]:
+    """Return {name: (sum, count)} of a batch whose rows end their loops as one.
+
+    accuracy: of right targets; exact: of rows whose targets are all right; loops: of a row's loops.
+    """
+    counted = y >= 0
+    is_row = counted.any(1)  # others are padding
+    logits, used = exit_logits(model, x, rule, n_loop, together=counted)
+    right = logits.argmax(-1) == y
+    row_is_right = (right | ~counted).all(1) & is_row
+    sums = {
+        "accuracy": (right.sum(), counted.sum()),
+        "exact": (row_is_right.sum(), is_row.sum()),
+        "loops": ((used[:, 0] * is_row).sum(), is_row.sum()),
+    }
+    return {name: torch.stack(pair).float() for name, pair in sums.items()}
+
+
 def token_correlation(s: Tensor) -> Tensor:
     """Return the mean cosine between different tokens of states (.., T, C), shape (..)."""
     T = s.size(-2)
@@ -334,10 +394,10 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def table_of_levels(levels: list[dict]) -> str:
-    """Return the accuracy of each level as a text table: at its own loops, and at others.
+def table_of_levels(levels: list[dict], with_exit: list[dict]) -> str:
+    """Return the accuracy of each level as a text table: at its own loops, at others, with exit.
 
-    A rule stands before the levels beyond training.
+    A rule stands before the levels beyond training. with_exit: of levels_with_exit, may be empty.
     """
     accuracy, own, split_of = {}, {}, {}
     for entry in levels:
@@ -348,11 +408,18 @@ def table_of_levels(levels: list[dict]) -> str:
     numbers = sorted(split_of)
     shared = [n for n in sorted({n for _, n in accuracy}) if all((k, n) in accuracy for k in own)]
     head = f"{'level':>5}{'loops':>7}{'right':>8}" + "".join(f"{f'at {n}':>8}" for n in shared)
-    lines = ["positions that are right, by level, at its own loops and at others", head]
+    title = "positions that are right, by level, at its own loops and at others"
+    if with_exit:
+        title += "; where rows end their loops"
+        head += f"{'ends at':>10}{'right':>8}"
+    ends = {entry["level"]: entry for entry in with_exit}
+    lines = [title, head]
     for before, level in zip([numbers[0], *numbers], numbers):
         if split_of[before] != split_of[level]:
             lines.append("-" * len(head))
         cells = [f"{accuracy[level, n]:>8.1%}" for n in [own[level], *shared]]
+        if with_exit:
+            cells.append(f"{ends[level]['loops']:>10.1f}{ends[level]['accuracy']:>8.1%}")
         lines.append(f"{level:>5}{own[level]:>7}" + "".join(cells))
     return "\n".join(lines)
 

@@ -270,10 +270,11 @@ def loop_until_exit(
     exit_rule: ExitRule | None,
     min_loops: int,
     logits_here: Callable,
+    together: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the states (B, T, C) at which tokens x (B, T, C) stop, and their loops (B, T).
 
-    logits_here(s): logits (B, T, V) of states s (B, T, C).
+    logits_here(s): logits (B, T, V) of states s (B, T, C). together: see exit_logits.
     """
     e, s = stage.loop.begin(x, ctx, stage.n)
     cache = FrozenCache()
@@ -281,12 +282,17 @@ def loop_until_exit(
     used = torch.full(e.shape[:2], stage.n, device=e.device)
     for i in range(stage.n):
         stopped = used <= i
+        if stopped.all():
+            break
         cache.begin_loop(stopped)
         new = stage.loop.step(s, e, i, ctx._replace(cache=cache))
         s = torch.where(stopped.unsqueeze(-1), s, new)
         if exit_rule:
             measure, carry = exit_rule.measure(carry, s, partial(logits_here, s))
-            stops = exit_rule.reached(measure) & (used > i + 1) & (i + 1 >= min_loops)
+            reached = exit_rule.reached(measure)
+            if together is not None:
+                reached = (reached | ~together).all(dim=1, keepdim=True)
+            stops = reached & (used > i + 1) & (i + 1 >= min_loops)
             used = torch.where(stops, i + 1, used)
     return s, used
 
@@ -299,11 +305,13 @@ def exit_logits(
     n_loop=None,
     min_loops: int = 1,
     group: int | None = None,
+    together: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return logits (B, T, V) of idx (B, T), and the loops that each token made, of all groups.
 
     group: the number of the one whose loops are returned; the rule (None: never) is asked there
-    too, if it is another than those of exit_stages.
+    too, if it is another than those of exit_stages. together: (B, T), True at some tokens of each
+    row; the row then stops as one, after the loop in which the rule would stop all of these.
     Tokens stop from min_loops on, as they do in decoding one by one, where deeper loops of later
     tokens read a stopped token's deepest keys and values: the same numbers, in n loops over all
     tokens at once. Rules that read logits are approximate here if blocks follow the loop: these
@@ -327,7 +335,7 @@ def exit_logits(
                 continue
             rule = exit_rule if number in asked else None
             logits_here = partial(read_out, model, stages[number:], ctx)
-            s, loops = loop_until_exit(stage, x, ctx, rule, min_loops, logits_here)
+            s, loops = loop_until_exit(stage, x, ctx, rule, min_loops, logits_here, together)
             x = stage.loop.exit(s)
             if number in counted:
                 used = used + loops

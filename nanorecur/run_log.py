@@ -70,7 +70,8 @@ class RunLog:
         """
         lines = ["", f"step {entry['iter']}", evaluation.table(entry["eval"])]
         if "levels" in entry:
-            lines += ["", evaluation.table_of_levels(entry["levels"])]
+            with_exit = entry.get("levels_with_exit", [])
+            lines += ["", evaluation.table_of_levels(entry["levels"], with_exit)]
         if entry["objective"]:
             lines.append(f"besides, on val: {in_words(entry['objective'])}")
         if entry["iter"]:  # before training all states agree

@@ -11,6 +11,7 @@ import pretrained
 from nanorecur import checkpoint
 from nanorecur.curriculum import Curriculum, loops_at
 from nanorecur.dataset import load_meta, open_split, targets_path, write_targets_task
+from nanorecur.exit_rules import StateExit, exit_logits
 
 LEVELS = {"train": {1: 40, 2: 60, 3: 50}, "val": {1: 10, 2: 10, 3: 10}, "hard": {5: 10}}
 LENGTH = 8
@@ -166,6 +167,7 @@ BY_LEVEL = (
     "--eval_loops=1,4",
 )
 BY_LEVEL += ("--level_warmup_iters=4", "--eval_iters=30")
+BY_LEVEL += ("--automatic_loop_exit", "--automatic_loop_exit_threshold=0.172")
 
 
 @pytest.fixture(scope="module")
@@ -231,15 +233,39 @@ def test_levels_are_scored_at_their_own_loops_and_at_those_asked_for(run_by_leve
         assert entry["loss"] == pytest.approx(loss.item(), rel=1e-5)
         all_right = ((logits.argmax(-1) == y) | (y < 0)).all(1)
         assert entry["exact"] == pytest.approx(all_right.float().mean().item())
-    table = run.out.split("positions that are right, by level, at its own loops and at others\n")[
-        -1
-    ].splitlines()
-    assert table[0].split() == ["level", "loops", "right", "at", "1", "at", "4"]
+    title = "positions that are right, by level, at its own loops and at others; where rows end"
+    table = run.out.split(title)[-1].splitlines()[1:]
+    words = ["level", "loops", "right", "at", "1", "at", "4", "ends", "at", "right"]
+    assert table[0].split() == words
     assert set(table[4]) == {"-"}
     at = {(e["level"], e["loops"]): f"{e['accuracy']:.1%}" for e in entries}
+    ends = {e["level"]: e for e in log(folder)[-1]["levels_with_exit"]}
     for line, level in zip(table[1:4] + table[5:6], (1, 2, 3, 5)):
         want = [str(level), str(level), at[level, level], at[level, 1], at[level, 4]]
+        want += [f"{ends[level]['loops']:.1f}", f"{ends[level]['accuracy']:.1%}"]
         assert line.split() == want
+
+
+def test_levels_are_scored_where_their_rows_end(run_by_level, beside):
+    folder, _ = run_by_level
+    model, entries = pretrained.load(folder), log(folder)[-1]["levels_with_exit"]
+    assert [(e["split"], e["level"]) for e in entries] == [
+        *(("val", n) for n in (1, 2, 3)),
+        ("hard", 5),
+    ]
+    loops = []
+    for entry in entries:
+        split = split_of(beside, entry["split"])
+        starts = np.array(split.rows_of_level(entry["level"])) * 8
+        x, y = map(torch.from_numpy, split.windows(starts))
+        most = max(entry["level"], 4)
+        logits, used = exit_logits(model, x, StateExit(0.172), most, together=y >= 0)
+        right = logits.argmax(-1) == y
+        assert entry["accuracy"] == pytest.approx(right[y >= 0].float().mean().item())
+        assert entry["exact"] == pytest.approx((right | (y < 0)).all(1).float().mean().item())
+        assert entry["loops"] == pytest.approx(used.float().mean().item())
+        loops.append(entry["loops"])
+    assert len(set(loops)) > 1
 
 
 @pytest.mark.parametrize("options", ["", "--use_model_baseline"])

@@ -178,6 +178,26 @@ def test_evaluation_with_exit_ignores_targets_of_minus_one():
 
 
 @torch.no_grad()
+def test_rows_that_stop_as_one_have_the_loops_of_their_slowest_token():
+    """Of the tokens with a target: against each row alone, at the depth where all of these rest."""
+    model, idx = build(spread=0.2, n_coda=0, **ROPE), few_ids(8, 12)
+    together = torch.zeros_like(idx, dtype=torch.bool)
+    for row in range(8):
+        together[row, 4 : 5 + row] = True
+    exit_rule = StateExit(0.05)
+    logits, used = exit_logits(model, idx, exit_rule, 8, together=together)
+    ends = []
+    for row in range(8):
+        states = [s[0, together[row]] for s, _ in after_each_loop(model, idx[[row]], 8)]
+        changes = [state_change(*pair).max().item() for pair in zip(states, states[1:])]
+        ends.append(next((n for n, change in enumerate(changes, 2) if change < 0.05), 8))
+        alone = model.logits(model.hidden(idx[[row]], ends[row]))[0]
+        assert_close(logits[row], alone, atol=1e-5, rtol=1e-4)
+    assert len(set(ends)) > 2
+    assert torch.equal(used, torch.tensor(ends)[:, None].expand(8, 12))
+
+
+@torch.no_grad()
 def test_a_gate_on_the_mean_state_counts_the_prompt():
     """The mean is of the states of a row's prompt and newest token after as many loops."""
     model = build(spread=0.2, exit_gate="mean_state", n_coda=0, **ROPE)
