@@ -282,7 +282,7 @@ def loop_until_exit(
     used = torch.full(e.shape[:2], stage.n, device=e.device)
     for i in range(stage.n):
         stopped = used <= i
-        if stopped.all():
+        if together is not None and stopped.all():  # a task's rows may need few of many loops
             break
         cache.begin_loop(stopped)
         new = stage.loop.step(s, e, i, ctx._replace(cache=cache))
