@@ -37,5 +37,5 @@ min_lr = 0.0
 eval_interval = 1500
 eval_iters = 1
 eval_loops = 1, 2, 4, 8, 16, 32, 64, 128
-automatic_loop_exit = True  # at last also where rows end their loops, as all of their states rest
+automatic_loop_exit = True  # the table also says after how many loops rows end by themselves
 log_interval = 100

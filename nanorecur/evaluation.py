@@ -150,21 +150,23 @@ class Evaluation:
     def score_levels_with_exit(self, eval_loops: tuple) -> list[dict]:
         """Return what each level of a task gets where the model ends its loops by itself.
 
-        A dict per (split, level): accuracy (over targets), exact (rows all right), loops (mean).
-        What a token needs can come from far away, a few tokens in each loop, so that a token at
-        rest may have to change again: a row stops as one, when all of its tokens that have a target
-        would stop, and after the most loops that score_levels() has for its level.
+        A dict per (split, level): accuracy (over targets), exact (rows all right), loops (mean, of
+        all groups together). What a token needs can come from far away, a few tokens in each loop,
+        so that a token at rest may have to change again: a row stops as one, when all of its tokens
+        that have a target would stop, and after the most loops that score_levels() has for its
+        level.
         """
         found = []
         self.model.eval()
         for name, split in self.splits.items():
             for level in split.level_numbers() if name != "train" else ():
-                most = max(self.depths_of_level(level, eval_loops)[1])
+                _, depths = self.depths_of_level(level, eval_loops)
+                settings = (self.rule(), depths[max(depths)], self.processes.sharded)
                 totals = {}
                 for _, x, y in self.batches(split, self.windows_of_level(split, level)):
                     with autocast(self.device, self.dtype):
                         parts = self.processes.run(
-                            self.model, score_rows_with_exit, self.model, x, y, self.rule(), most
+                            self.model, score_rows_with_exit, self.model, x, y, *settings
                         )
                     add(totals, parts)
                 scores = means_of(totals, self.processes)
@@ -330,15 +332,16 @@ def score_batch(
 
 
 def score_rows_with_exit(
-    model: GPT, x: Tensor, y: Tensor, rule: ExitRule | None, n_loop: int
+    model: GPT, x: Tensor, y: Tensor, rule: ExitRule | None, n_loop: tuple, all_loops: bool
 ) -> dict[str, Tensor]:
     """Return {name: (sum, count)} of a batch whose rows end their loops as one.
 
     accuracy: of right targets; exact: of rows whose targets are all right; loops: of a row's loops.
+    n_loop: the most, one int per group. all_loops: see exit_logits.
     """
     counted = y >= 0
     is_row = counted.any(1)  # others are padding
-    logits, used = exit_logits(model, x, rule, n_loop, together=counted)
+    logits, used = exit_logits(model, x, rule, n_loop, together=counted, all_loops=all_loops)
     right = logits.argmax(-1) == y
     row_is_right = (right | ~counted).all(1) & is_row
     sums = {

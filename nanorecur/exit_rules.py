@@ -271,10 +271,11 @@ def loop_until_exit(
     min_loops: int,
     logits_here: Callable,
     together: Tensor | None = None,
+    all_loops: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return the states (B, T, C) at which tokens x (B, T, C) stop, and their loops (B, T).
 
-    logits_here(s): logits (B, T, V) of states s (B, T, C). together: see exit_logits.
+    logits_here(s): logits (B, T, V) of states s (B, T, C). together, all_loops: see exit_logits.
     """
     e, s = stage.loop.begin(x, ctx, stage.n)
     cache = FrozenCache()
@@ -282,7 +283,7 @@ def loop_until_exit(
     used = torch.full(e.shape[:2], stage.n, device=e.device)
     for i in range(stage.n):
         stopped = used <= i
-        if together is not None and stopped.all():  # a task's rows may need few of many loops
+        if not all_loops and stopped.all():
             break
         cache.begin_loop(stopped)
         new = stage.loop.step(s, e, i, ctx._replace(cache=cache))
@@ -306,12 +307,15 @@ def exit_logits(
     min_loops: int = 1,
     group: int | None = None,
     together: Tensor | None = None,
+    all_loops: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return logits (B, T, V) of idx (B, T), and the loops that each token made, of all groups.
 
     group: the number of the one whose loops are returned; the rule (None: never) is asked there
-    too, if it is another than those of exit_stages. together: (B, T), True at some tokens of each
-    row; the row then stops as one, after the loop in which the rule would stop all of these.
+    too, if it is another than those of exit_stages. together: (B, T), True at some tokens; a row
+    then stops as one, after the loop in which the rule would stop all of these. all_loops: compute
+    the loops in which no token goes on, too; False waits for the device in each loop, and processes
+    that divide the weights would wait for each other forever.
     Tokens stop from min_loops on, as they do in decoding one by one, where deeper loops of later
     tokens read a stopped token's deepest keys and values: the same numbers, in n loops over all
     tokens at once. Rules that read logits are approximate here if blocks follow the loop: these
@@ -325,6 +329,8 @@ def exit_logits(
         counted = [looped[group]]
         asked = [*asked, looped[group]]
     x, ctx = model.embed(idx)
+    if together is not None:  # predict_ahead puts a token before the others
+        together = F.pad(together, (x.size(1) - idx.size(1), 0))
     used = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     # The cache changes with each call: compiled, each call would be a graph of its own. As a
     # decorator this would load the compiler at once, and scripts would start half as fast.
@@ -335,7 +341,9 @@ def exit_logits(
                 continue
             rule = exit_rule if number in asked else None
             logits_here = partial(read_out, model, stages[number:], ctx)
-            s, loops = loop_until_exit(stage, x, ctx, rule, min_loops, logits_here, together)
+            s, loops = loop_until_exit(
+                stage, x, ctx, rule, min_loops, logits_here, together, all_loops
+            )
             x = stage.loop.exit(s)
             if number in counted:
                 used = used + loops

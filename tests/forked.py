@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# huggingface_hub, which datasets imports, reads these once; nothing is fetched here
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 OURS = [str(ROOT / "tests"), str(ROOT)]
 sys.path[:0] = OURS
@@ -37,7 +39,7 @@ def play(script, arguments, folder, output, environment, prepare):
     os.environ.update(environment)
     os.chdir(folder)
     sys.path[:] = [path for path in sys.path if path not in OURS]
-    sys.path[:0] = [str(Path(script).resolve().parent), *OURS]
+    sys.path[:0] = [str(Path(script).resolve().parent)]
     sys.argv = [script, *map(str, arguments)]
     # tqdm's own lock is a semaphore of the system, which would outlive a killed process
     tqdm.set_lock(threading.RLock())
