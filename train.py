@@ -106,7 +106,7 @@ spectral_clip_all = False  # clip all blocks, looped or not
 ema_decay = 0.0  # evaluate and save a moving average of the weights, such as 0.999; 0: off
 # rarely: evaluation, saving, logging
 eval_stride = 0  # score the whole split, in windows this many tokens apart; 0: eval_iters batches
-automatic_loop_exit = False  # evaluate with early exit too: tokens, or a task's rows, end loops
+automatic_loop_exit = False  # evaluate with exit too: tokens and a task's rows stop by themselves
 exit_rule = "state"  # relative change of state; kl, entropy (nats); loops of one argmax; gate
 automatic_loop_exit_threshold = 0.03  # stop below it; argmax, gate: from it on; 0: never
 save_interval = 0  # steps between further checkpoints; 0: none

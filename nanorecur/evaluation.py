@@ -65,6 +65,13 @@ class Evaluation:
         starts = split.spread(min(most, split.n_windows))
         return starts, np.full(len(starts), split.block_size)
 
+    def levels(self) -> Iterator[tuple[Split, int]]:
+        """Yield (split, level) for each level of a task, of all splits but train."""
+        for name, split in self.splits.items():
+            if name != "train":
+                for level in split.level_numbers():
+                    yield split, level
+
     def windows_of_level(self, split: Split, level: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (starts, n_scored) of rows of one level of a task, evenly spaced."""
         rows = split.rows_of_level(level)
@@ -135,15 +142,14 @@ class Evaluation:
         own: True at the loops that loops_of_level gives to the level, or else the model's own.
         """
         found = []
-        for name, split in self.splits.items():
-            for level in split.level_numbers() if name != "train" else ():
-                own, depths = self.depths_of_level(level, eval_loops)
-                windows = self.windows_of_level(split, level)
-                scored = self.score(split, list(depths.values()), 1, windows)
-                for n, scores in zip(depths, scored):
-                    entry = {"split": name, "level": level, "loops": n, "own": n == own}
-                    entry |= {key: scores[key] for key in ("loss", "accuracy", "exact")}
-                    found.append(entry)
+        for split, level in self.levels():
+            own, depths = self.depths_of_level(level, eval_loops)
+            windows = self.windows_of_level(split, level)
+            scored = self.score(split, list(depths.values()), 1, windows)
+            for n, scores in zip(depths, scored):
+                entry = {"split": split.name, "level": level, "loops": n, "own": n == own}
+                entry |= {key: scores[key] for key in ("loss", "accuracy", "exact")}
+                found.append(entry)
         return found
 
     @torch.no_grad()
@@ -158,19 +164,18 @@ class Evaluation:
         """
         found = []
         self.model.eval()
-        for name, split in self.splits.items():
-            for level in split.level_numbers() if name != "train" else ():
-                _, depths = self.depths_of_level(level, eval_loops)
-                settings = (self.rule(), depths[max(depths)], self.processes.sharded)
-                totals = {}
-                for _, x, y in self.batches(split, self.windows_of_level(split, level)):
-                    with autocast(self.device, self.dtype):
-                        parts = self.processes.run(
-                            self.model, score_rows_with_exit, self.model, x, y, *settings
-                        )
-                    add(totals, parts)
-                scores = means_of(totals, self.processes)
-                found.append({"split": name, "level": level, **scores})
+        for split, level in self.levels():
+            _, depths = self.depths_of_level(level, eval_loops)
+            settings = (self.rule(), depths[max(depths)], self.processes.sharded)
+            totals = {}
+            for _, x, y in self.batches(split, self.windows_of_level(split, level)):
+                with autocast(self.device, self.dtype):
+                    parts = self.processes.run(
+                        self.model, score_rows_with_exit, self.model, x, y, *settings
+                    )
+                add(totals, parts)
+            scores = means_of(totals, self.processes)
+            found.append({"split": split.name, "level": level, **scores})
         self.model.train()
         return found
 
@@ -327,8 +332,13 @@ def score_batch(
         nats = torch.where(n_tokens > 0, loss.to(wide) * n_tokens, 0.0)  # all may be padding
         right = logits.argmax(-1) == y
         sums[i] = torch.stack((nats, right.sum().to(wide), n_tokens.to(wide)))
-        rows[i] = (right | ~counted).all(1) & counted.any(1)
+        rows[i] = rows_all_right(right, counted)
     return torch.stack(sums), torch.stack(rows)
+
+
+def rows_all_right(right: Tensor, counted: Tensor) -> Tensor:
+    """Return which rows (B,) are right in all tokens (B, T) that count, and have one that does."""
+    return (right | ~counted).all(1) & counted.any(1)
 
 
 def score_rows_with_exit(
@@ -343,7 +353,7 @@ def score_rows_with_exit(
     is_row = counted.any(1)  # others are padding
     logits, used = exit_logits(model, x, rule, n_loop, together=counted, all_loops=all_loops)
     right = logits.argmax(-1) == y
-    row_is_right = (right | ~counted).all(1) & is_row
+    row_is_right = rows_all_right(right, counted)
     sums = {
         "accuracy": (right.sum(), counted.sum()),
         "exact": (row_is_right.sum(), is_row.sum()),
