@@ -3,6 +3,7 @@
 # python data/phop/prepare.py --every_position --symbols=4 --length=96 --hops=6 --hard_hops=24
 # python train.py config/depth_phop.py
 # Loss to expect: 0.0000 at 6 hops and loops. At 24 hops and loops 99.9 % of positions are right.
+# Plain models of 7 and 13 blocks learn the six hops too, and nothing beyond (LOG.md).
 
 out_dir = "out-depth-phop"
 init_from = "auto"
