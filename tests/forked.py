@@ -3,6 +3,7 @@ Scripts in processes of their own, forked from one that has imported torch: a st
 of a second, not six.
 """
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -10,6 +11,8 @@ import socket
 import sys
 import threading
 import time
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -108,6 +111,58 @@ def wait(condition, processes, within=PATIENCE):
             return False
         time.sleep(0.0005)
     return False
+
+
+# a program whose script is run by serve(), below; what begins with -m runs as usual
+STAND_IN = """#!{python}
+import json, os, socket, sys
+if sys.argv[1] == "-m":
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+server.sendall(json.dumps([os.getpid(), os.getcwd(), *sys.argv[1:]]).encode() + b"\\n")
+sys.exit(int(server.recv(8)))
+"""
+
+
+@contextmanager
+def forked_python(folder):
+    """Yield the path of a stand-in for python whose scripts are forked; without /proc python's own.
+
+    A script prints where the stand-in prints, and is killed when the stand-in is.
+    """
+    if not Path("/proc/self/fd").exists():
+        yield Path(sys.executable)
+        return
+    address, program = str(folder / "server"), folder / "python"
+    program.write_text(STAND_IN.format(python=sys.executable, address=address))
+    program.chmod(0o755)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        thread = threading.Thread(target=serve, args=(server,))
+        thread.start()
+        try:
+            yield program
+        finally:
+            server.shutdown(socket.SHUT_RDWR)  # accept() ends
+            thread.join()
+
+
+def serve(server):
+    """Run the scripts that stand-ins ask for, one after another, until the server is closed."""
+    while True:
+        try:
+            asked, _ = server.accept()
+        except OSError:
+            return
+        with asked:
+            pid, folder, script, *arguments = json.loads(asked.makefile().readline())
+            process = start_script(script, arguments, folder, f"/proc/{pid}/fd/1", {})
+            wait_for([asked, process.sentinel])  # readable: the stand-in has been killed
+            kill([process])
+            with suppress(BrokenPipeError):
+                asked.sendall(str(process.exitcode).encode())
 
 
 def tail(output):

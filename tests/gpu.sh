@@ -119,7 +119,7 @@ part_A() {
 
     # killed and resumed, in short windows and in windows of many blocks of keys
     resume short
-    resume long "${wide[@]}"
+    [[ $small ]] || resume long "${wide[@]}" # small, it would be the one before
     resume deterministic "${wide[@]}" --deterministic
 
     # one process of torchrun, and options that meet there
@@ -166,7 +166,8 @@ part_B() {
         done
     fi
     # by depth, and sampled: memory, MFU, and graphs compiled behind the warm-up
-    run 120 "${bench[@]}" "${gpt2_looped[@]}" "${ids[@]}" "${rounds[@]}" --loops="$depths"
+    run 120 "${bench[@]}" "${gpt2_looped[@]}" "${ids[@]}" "${rounds[@]}" "${eager[@]}" \
+        --loops="$depths"
     for option in --loss_chunk=2048 --recompute=cheap --optimizer=muon; do
         run 60 "${bench[@]}" "${gpt2[@]}" "${ids[@]}" "${few[@]}" "${eager[@]}" --bias=False \
             "$option"

@@ -23,6 +23,8 @@ lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("lm_eval.evaluator")
 datasets = pytest.importorskip("datasets")
 
+pytestmark = pytest.mark.lm_eval
+
 TASKS = "tiny_choice,tiny_rolling,tiny_generate"
 CHOICES = ["ka lo", "min", "ter a sho", "unre"]
 

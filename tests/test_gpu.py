@@ -23,6 +23,7 @@ from conftest import (
     train,
     val_losses,
 )
+from forked import forked_python
 from test_bench import make_peer
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing import assert_close
@@ -468,8 +469,11 @@ def gpu_day(part, *options, **environment):
 @pytest.mark.slow
 @pytest.mark.parametrize("part, sections", [("A", 0), ("B", 1), ("C", 1)])
 def test_each_part_of_the_gpu_day_runs_small_on_a_cpu(tmp_path, part, sections):
+    """Scripts are forked, since a start takes longer than what they do here."""
     peer = make_peer(tmp_path / "theirs")
-    run = gpu_day(part, "--device=cpu", "--small", f"--peer={peer}", OUT=str(tmp_path))
+    options = ("--device=cpu", "--small", f"--peer={peer}")
+    with forked_python(tmp_path) as python:
+        run = gpu_day(part, *options, OUT=str(tmp_path), PYTHON=str(python))
     assert run.returncode == 0, run.stdout
     assert (tmp_path / f"{part}.txt").read_text() == run.stdout
     assert run.stdout.endswith("failed: nothing\n")

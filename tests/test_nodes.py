@@ -145,13 +145,6 @@ def assert_alike(ours, theirs):
 
 
 @pytest.mark.slow
-def test_two_hosts_are_one(job, alone):
-    run = job(*LONG)
-    run.end(0, 1)
-    assert_alike(run.out, alone)
-
-
-@pytest.mark.slow
 def test_a_process_that_dies_is_started_anew_with_its_peers(job, alone):
     run = job(*LONG, "--init_from=auto")
     run.wait_for_step(55)
