@@ -161,7 +161,7 @@ def serve(server):
             process = start_script(script, arguments, folder, f"/proc/{pid}/fd/1", {})
             wait_for([asked, process.sentinel])  # readable: the stand-in has been killed
             kill([process])
-            with suppress(BrokenPipeError):
+            with suppress(ConnectionError):
                 asked.sendall(str(process.exitcode).encode())
 
 
