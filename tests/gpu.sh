@@ -119,7 +119,7 @@ part_A() {
 
     # killed and resumed, in short windows and in windows of many blocks of keys
     resume short
-    [[ $small ]] || resume long "${wide[@]}" # small, it would be the one before
+    [[ $small ]] || resume long "${wide[@]}" # with --small it is the same as short
     resume deterministic "${wide[@]}" --deterministic
 
     # one process of torchrun, and options that meet there

@@ -484,6 +484,18 @@ def test_each_part_of_the_gpu_day_runs_small_on_a_cpu(tmp_path, part, sections):
         assert text.count("\n## ") == sections and "theirs" in text
 
 
+def test_a_forked_script_is_killed_with_its_stand_in(tmp_path):
+    words = "import time; print('begun', flush=True); time.sleep(40); open('ended', 'w')"
+    (tmp_path / "sleeps.py").write_text(words)
+    with forked_python(tmp_path) as python:
+        command = [python, "sleeps.py"]
+        started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        assert started.stdout.readline() == "begun\n"
+        started.kill()
+        started.communicate()
+    assert not (tmp_path / "ended").exists()
+
+
 def test_a_command_that_fails_is_named_and_the_others_run(tmp_path):
     run = gpu_day("C", "--device=cpu", f"--out={tmp_path}", PYTHON="false")
     assert run.returncode == 1
