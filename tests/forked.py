@@ -113,7 +113,7 @@ def wait(condition, processes, within=PATIENCE):
     return False
 
 
-# a program whose script is run by serve(), below; what begins with -m runs as usual
+# a program whose script is run by answer(), below; what begins with -m runs as usual
 STAND_IN = """#!{python}
 import json, os, socket, sys
 if sys.argv[1] == "-m":
@@ -126,21 +126,23 @@ sys.exit(int(server.recv(8)))
 
 
 @contextmanager
-def forked_python(folder):
-    """Yield the path of a stand-in for python whose scripts are forked; without /proc python's own.
+def forked_python(program):
+    """Make a stand-in for python whose scripts are forked, and yield its path.
 
-    A script prints where the stand-in prints, and is killed when the stand-in is.
+    A script prints where the stand-in prints, and is killed when the stand-in is. Its own processes
+    are forked, too. Without /proc a link to the real python.
     """
     if not Path("/proc/self/fd").exists():
-        yield Path(sys.executable)
+        program.symlink_to(sys.executable)
+        yield program
         return
-    address, program = str(folder / "server"), folder / "python"
+    address = f"{program}-server"
     program.write_text(STAND_IN.format(python=sys.executable, address=address))
     program.chmod(0o755)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()
-        thread = threading.Thread(target=serve, args=(server,))
+        thread = threading.Thread(target=serve, args=(server, str(program)))
         thread.start()
         try:
             yield program
@@ -149,22 +151,33 @@ def forked_python(folder):
             thread.join()
 
 
-def serve(server):
-    """Run the scripts that stand-ins ask for, one after another, until the server is closed."""
+def serve(server, program):
+    """Run the scripts that stand-ins ask for until the server is closed."""
+    answers = []
     while True:
         try:
             asked, _ = server.accept()
         except OSError:
-            return
-        with asked:
-            pid, folder, script, *arguments = json.loads(asked.makefile().readline())
-            process = start_script(script, arguments, folder, f"/proc/{pid}/fd/1", {})
-            wait_for([asked, process.sentinel])  # readable: the stand-in has been killed
-            kill([process])
-            with suppress(ConnectionError):
-                asked.sendall(str(process.exitcode).encode())
+            break
+        answers.append(threading.Thread(target=answer, args=(asked, program)))
+        answers[-1].start()
+    for thread in answers:
+        thread.join()
 
 
-def tail(output):
-    """Return the end of what was printed to a file."""
-    return Path(output).read_text(errors="replace").strip()[-300:]
+def answer(asked, program):
+    """Run one script and send its exit code."""
+    with asked:
+        pid, folder, script, *arguments = json.loads(asked.makefile().readline())
+        output, prepare = f"/proc/{pid}/fd/1", (fork_children, program)
+        process = start_script(script, arguments, folder, output, {}, prepare)
+        wait_for([asked, process.sentinel])  # readable: the stand-in has been killed
+        kill([process])
+        with suppress(ConnectionError):
+            asked.sendall(str(process.exitcode).encode())
+
+
+def fork_children(program):
+    """Let this script start python as the stand-in, and its spawned processes as forks."""
+    sys.executable, fork = program, multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method: fork

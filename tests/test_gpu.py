@@ -236,9 +236,12 @@ COMPILED = ["plain", "diagonal", "learned index", "latent attention", "documents
     "kind, by_block", [*((kind, False) for kind in COMPILED), ("diagonal", True)]
 )
 def test_compiled_stages_are_eager_and_no_depth_adds_a_graph(fresh_compiler, kind, by_block):
-    """In training and in evaluation, behind a warm-up."""
+    """
+    In training and in evaluation, behind a warm-up. On a CPU without code generation, which takes
+    minutes there and has its tests in test_compilation.py.
+    """
     ours, theirs = objective_of(kind), objective_of(kind)
-    compile_parts(ours, by_block=by_block)
+    compile_parts(ours, by_block=by_block, backend="aot_eager" if DEVICE == CPU else "inductor")
     idx, targets = batch_for(ours.model)
 
     def both(n_loop):
@@ -472,7 +475,7 @@ def test_each_part_of_the_gpu_day_runs_small_on_a_cpu(tmp_path, part, sections):
     """Scripts are forked, since a start takes longer than what they do here."""
     peer = make_peer(tmp_path / "theirs")
     options = ("--device=cpu", "--small", f"--peer={peer}")
-    with forked_python(tmp_path) as python:
+    with forked_python(tmp_path / "python") as python:
         run = gpu_day(part, *options, OUT=str(tmp_path), PYTHON=str(python))
     assert run.returncode == 0, run.stdout
     assert (tmp_path / f"{part}.txt").read_text() == run.stdout
@@ -487,7 +490,7 @@ def test_each_part_of_the_gpu_day_runs_small_on_a_cpu(tmp_path, part, sections):
 def test_a_forked_script_is_killed_with_its_stand_in(tmp_path):
     words = "import time; print('begun', flush=True); time.sleep(40); open('ended', 'w')"
     (tmp_path / "sleeps.py").write_text(words)
-    with forked_python(tmp_path) as python:
+    with forked_python(tmp_path / "python") as python:
         command = [python, "sleeps.py"]
         started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         assert started.stdout.readline() == "begun\n"

@@ -2,15 +2,15 @@
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, prose
-from forked import end, start_script
+from forked import forked_python
 from test_bench import make_peer
 from test_eval import rolling_task, write_lines, write_model
 from test_project import README, code_blocks
@@ -96,24 +96,20 @@ def checkout(tmp_path):
     return folder
 
 
-def run_command(command, folder, fork=False):
+def run_command(command, folder, python=Path(sys.executable)):
     """Run a command and fail with what it printed if it fails.
 
-    fork: run a script in a process forked from one that has imported torch, which is faster.
+    python: what the command finds under this name.
     """
-    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    environment = {"PATH": path, "OMP_NUM_THREADS": "1"}
+    path = f"{python.parent}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     printed = folder.with_name("printed.txt")
-    if fork and command.startswith("python ") and not set(command) & set("|;<>$&*?`~"):
-        _, script, *arguments = shlex.split(command)
-        codes = end([start_script(script, arguments, folder, printed, environment)], within=300)
-    else:
-        words, both = ["bash", "-c", command], {**os.environ, **environment}
-        with printed.open("a") as file:
-            pipes = {"stdout": file, "stderr": file}
-            codes = [subprocess.run(words, cwd=folder, env=both, timeout=300, **pipes).returncode]
-    words = printed.read_text(errors="replace")[-4000:]
-    assert codes == [0], f"{command}\n{words}"
+    with printed.open("a") as file:
+        pipes = {"stdout": file, "stderr": file}
+        code = subprocess.run(
+            ["bash", "-c", command], cwd=folder, env=environment, timeout=300, **pipes
+        ).returncode
+    assert code == 0, f"{command}\n{printed.read_text(errors='replace')[-4000:]}"
 
 
 def commands_of_the_readme():
@@ -141,11 +137,11 @@ def is_command(text):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(checkout):
+def test_every_command_of_the_readme_runs(checkout, tmp_path):
+    """Scripts are forked, since a start takes longer than what they do here."""
     commands = [text for text in commands_of_the_readme() if is_command(text)]
     assert len(commands) >= 35
-    known = set()
-    for command in commands:  # the first of each script in a fresh Python
-        script = command.split()[1]
-        run_command(command, checkout, fork=script in known)
-        known.add(script)
+    (tmp_path / "bin").mkdir()
+    with forked_python(tmp_path / "bin" / "python") as python:
+        for command in commands:
+            run_command(command, checkout, python)
