@@ -31,14 +31,13 @@ CONTEXT.set_forkserver_preload(PRELOADED)
 PATIENCE = 120  # seconds after which a process that should have ended is a failure
 
 
-def play(script, arguments, folder, output, environment, prepare):
-    """Run a script of a folder in this process as from the command line, printing to a file.
+def play(script, arguments, folder, outputs, environment, prepare):
+    """Run a script of a folder in this process as from the command line, printing to two files.
 
     prepare: () or (function, arguments..), which is called before.
     """
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(environment)
     os.chdir(folder)
     sys.path[:] = [path for path in sys.path if path not in OURS]
@@ -51,9 +50,12 @@ def play(script, arguments, folder, output, environment, prepare):
     runpy.run_path(script, run_name="__main__")
 
 
-def start_script(script, arguments, folder, output, environment, prepare=()):
-    """Start a script, given relative to the folder that it runs in."""
-    settings = (script, arguments, folder, output, environment, prepare)
+def start_script(script, arguments, folder, outputs, environment, prepare=()):
+    """Start a script, given relative to the folder that it runs in.
+
+    outputs: files that get what it prints to its standard output and to its standard error.
+    """
+    settings = (script, arguments, folder, outputs, environment, prepare)
     process = CONTEXT.Process(target=play, args=settings)
     process.start()
     return process
@@ -61,7 +63,7 @@ def start_script(script, arguments, folder, output, environment, prepare=()):
 
 def start(output, *arguments, prepare=(), **environment):
     """Start train.py."""
-    return start_script("train.py", arguments, ROOT, output, environment, prepare)
+    return start_script("train.py", arguments, ROOT, (output, output), environment, prepare)
 
 
 def start_two(output, *arguments, prepare=()):
@@ -115,13 +117,17 @@ def wait(condition, processes, within=PATIENCE):
 
 # a program whose script is run by answer(), below; what begins with -m runs as usual
 STAND_IN = """#!{python}
-import json, os, socket, sys
+import json, os, signal, socket, sys
 if sys.argv[1] == "-m":
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 server.sendall(json.dumps([os.getpid(), os.getcwd(), *sys.argv[1:]]).encode() + b"\\n")
-sys.exit(int(server.recv(8)))
+answers = server.makefile()
+pid = int(answers.readline())
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: os.kill(pid, number))
+sys.exit(int(answers.readline()))
 """
 
 
@@ -129,8 +135,8 @@ sys.exit(int(server.recv(8)))
 def forked_python(program):
     """Make a stand-in for python whose scripts are forked, and yield its path.
 
-    A script prints where the stand-in prints, and is killed when the stand-in is. Its own processes
-    are forked, too. Without /proc a link to the real python.
+    A script prints where the stand-in prints, is told to end when the stand-in is, and is killed
+    when it is. Its own processes are forked, too. Without /proc a link to the real python.
     """
     if not Path("/proc/self/fd").exists():
         program.symlink_to(sys.executable)
@@ -167,14 +173,17 @@ def serve(server, program):
 
 def answer(asked, program):
     """Run one script and send its exit code."""
-    with asked:
+    with asked, suppress(ConnectionError):
         pid, folder, script, *arguments = json.loads(asked.makefile().readline())
-        output, prepare = f"/proc/{pid}/fd/1", (fork_children, program)
-        process = start_script(script, arguments, folder, output, {}, prepare)
-        wait_for([asked, process.sentinel])  # readable: the stand-in has been killed
-        kill([process])
-        with suppress(ConnectionError):
-            asked.sendall(str(process.exitcode).encode())
+        outputs = [f"/proc/{pid}/fd/{number}" for number in (1, 2)]
+        prepare = (fork_children, program)
+        process = start_script(script, arguments, folder, outputs, {}, prepare)
+        try:
+            asked.sendall(f"{process.pid}\n".encode())
+            wait_for([asked, process.sentinel])  # readable: the stand-in has been killed
+        finally:
+            kill([process])
+        asked.sendall(f"{process.exitcode}\n".encode())
 
 
 def fork_children(program):

@@ -196,7 +196,7 @@ def test_memory_of_a_peer_stands_beside_ours_with_options_that_save(tmp_path, on
 def test_depth_that_is_sampled_is_timed_per_flop_and_compiles_nothing_new(tmp_path):
     peer = make_peer(tmp_path / "looping", LOOPING, "'bptt_k': 0, 'norm': 'rmsnorm'")
     options = ("--norm=rmsnorm", "--n_block=1", "--n_loop=2", "--max_loops=4", "--compile=True")
-    run = side_by_side(peer, *options)
+    run = side_by_side(peer, *options, "--dtypes=float32")
     assert run.code == 0, run.err
     rows = table_rows(run.out.split("### Sampled depth, compiled")[1])
     _, gflop, _, ratio = map(number, rows["fixed"])

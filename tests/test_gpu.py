@@ -364,7 +364,7 @@ def test_a_run_of_the_device_is_read_and_goes_on_on_a_cpu(corpus, tmp_path):
     assert model.lm_head.weight.device == CPU
     again = train(corpus, tmp_path, "--eval_only", "--init_from=resume")
     assert again.code == 0, again.err
-    options = ("--init_from=resume", "--max_iters=12", "--device=cpu")
+    options = ("--init_from=resume", "--max_iters=12", "--device=cpu", "--compile=False")
     longer = Run("train.py", f"--dataset={corpus}", f"--out_dir={tmp_path}", *options)
     assert longer.code == 0, longer.err
     after = val_losses(tmp_path)
