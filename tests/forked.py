@@ -190,3 +190,8 @@ def fork_children(program):
     """Let this script start python as the stand-in, and its spawned processes as forks."""
     sys.executable, fork = program, multiprocessing.get_context("fork")
     multiprocessing.get_context = lambda method: fork
+
+
+def tail(output):
+    """Return the end of what was printed to a file."""
+    return Path(output).read_text(errors="replace").strip()[-300:]

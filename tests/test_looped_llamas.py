@@ -149,7 +149,7 @@ def test_nanbeiges_folder_gives_the_references_logits(num_loops, skip, tmp_path)
     model, idx = load(folder), tokens(2, T)
     assert model.config.counts() == (num_loops,) and model.config.groups == ((0, 1),)
     for row in range(2):
-        assert_close(logits(model, idx)[row], nanbeige_logits(folder, idx[row]))
+        assert_close(logits(model, idx)[row], nanbeige_logits(folder, idx[row]), 1e-4)
 
 
 @pytest.mark.parametrize("final_norm, loop_norm", [(False, "rmsnorm"), (True, "none")])
