@@ -13,7 +13,6 @@ from nanorecur.exit_rules import exit_evaluation, make_exit
 from nanorecur.objectives import Objective
 
 COUNTERS = torch._dynamo.utils.counters
-BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 TWO_GROUPS = dict(n_prelude=0, n_block=0, n_coda=0, n_layer=4, loop_groups=[[0, 1], [3]])
 
 
@@ -63,21 +62,24 @@ def test_neither_imports_nor_a_model_without_weights_load_the_compiler():
     assert subprocess.run([sys.executable, "-c", LOADS], cwd=ROOT).returncode == 0
 
 
-KINDS = [
-    dict(bptt_k=2),
-    dict(loop_embedding="learned"),
+GENERATED = [  # code as well as graphs, which takes a CPU ten seconds each
     dict(loop_embedding="sinusoidal", bptt_k=1),
     dict(input_injection="diagonal", state_init="zero"),
     dict(position="rope", attention="mla"),
     dict(document_separator=1),
+]
+KINDS = [
+    *GENERATED,
+    dict(bptt_k=2),
+    dict(loop_embedding="learned"),
     dict(attention_window=3),
     dict(**TWO_GROUPS),
     dict(n_block=0, n_prelude=0, n_coda=0, n_loop=1, n_layer=3),
 ]
+SLOW = [pytest.param(options, "inductor", marks=pytest.mark.slow) for options in GENERATED]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("options, backend", [*((kind, "eager") for kind in KINDS), *SLOW], ids=str)
 def test_compiled_stages_compute_the_same_and_no_loop_count_recompiles(options, backend):
     ours, theirs = compiled_beside_eager(backend=backend, **options)
     idx, counts = tokens(2, 16), [3, 1, 4, 2, 6, 7, 5, 1]

@@ -30,7 +30,7 @@ from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
 
 import pretrained
-from decode import Cache, Decoder, generate
+from decode import Cache, Decoder, compiled_loop, generate
 from nanorecur.compilation import compile_parts
 from nanorecur.exit_rules import exit_evaluation, exit_logits, make_exit
 from nanorecur.hardware import autocast
@@ -101,10 +101,20 @@ def global_settings():
 
 
 @pytest.fixture
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
+    """On a CPU without code generation, which takes minutes there and has its tests elsewhere."""
+    if DEVICE == CPU:
+        compiled = torch.compile
+
+        def graphs_only(function, backend="inductor", mode="default", **options):
+            return compiled(function, backend="aot_eager", **options)
+
+        monkeypatch.setattr(torch, "compile", graphs_only)
+    compiled_loop.cache_clear()
     torch._dynamo.reset()
     COUNTERS.clear()
     yield
+    compiled_loop.cache_clear()
     torch._dynamo.reset()
 
 
@@ -236,12 +246,9 @@ COMPILED = ["plain", "diagonal", "learned index", "latent attention", "documents
     "kind, by_block", [*((kind, False) for kind in COMPILED), ("diagonal", True)]
 )
 def test_compiled_stages_are_eager_and_no_depth_adds_a_graph(fresh_compiler, kind, by_block):
-    """
-    In training and in evaluation, behind a warm-up. On a CPU without code generation, which takes
-    minutes there and has its tests in test_compilation.py.
-    """
+    """In training and in evaluation, behind a warm-up."""
     ours, theirs = objective_of(kind), objective_of(kind)
-    compile_parts(ours, by_block=by_block, backend="aot_eager" if DEVICE == CPU else "inductor")
+    compile_parts(ours, by_block=by_block)
     idx, targets = batch_for(ours.model)
 
     def both(n_loop):
