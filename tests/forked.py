@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -142,7 +143,7 @@ def forked_python(program):
         program.symlink_to(sys.executable)
         yield program
         return
-    address = f"{program}-server"
+    address = f"\0nanorecur-{uuid.uuid4()}"  # Linux keeps this name out of the file system
     program.write_text(STAND_IN.format(python=sys.executable, address=address))
     program.chmod(0o755)
     with socket.socket(socket.AF_UNIX) as server:
