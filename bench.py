@@ -947,7 +947,7 @@ def print_plan() -> None:
     depths = [shape.counts()]
     if shape.loop_sampling != "fixed":
         depths.append(shape.counts(shape.max_loops))
-    last = (DTYPES[number_type], on_gpu)  # arguments of memory() and remedies()
+    last = (DTYPES[number_type], on_gpu)  # the last arguments of estimate's functions
     memory = {depth: estimate.memory(config, depth, *last) for depth in depths}
     seconds = estimate.seconds(config, objective, sheet, peak)
     print_title(objective.model, number_type)
@@ -957,7 +957,9 @@ def print_plan() -> None:
     needed = max(sum(parts.values()) for parts in memory.values()) / GIB
     if needed <= room:
         limit = "the link" if seconds["link"] > seconds["arithmetic"] else "arithmetic"
-        print(f"It fits into the {room:.1f} GiB that can be used. What limits is {limit}.")
+        largest = estimate.largest_batch(config, depths[-1], *last, room * GIB)
+        fits = f"It fits into the {room:.1f} GiB that can be used"
+        print(f"{fits}, and so does --batch_size={largest}. What limits is {limit}.")
     else:
         over = f"{needed - room:.2f} GiB more than the {room:.1f} that can be used"
         print(f"What limits is memory: {over}. In all with")

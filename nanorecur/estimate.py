@@ -248,6 +248,22 @@ def check(config: dict) -> None:
     require("loops_of_level", pair, not pair, "(): a plan does not know the levels of the steps")
 
 
+def largest_batch(
+    config: dict, n_loop: Loops, dtype: torch.dtype, on_gpu: bool, room: float
+) -> int:
+    """Return the largest batch_size that room, in bytes, holds; 0 where not even one row fits.
+
+    From two sizes: from 8 rows on the peak is in the passes, where memory is linear in the rows.
+    """
+    few = max(8, config["batch_size"])
+    sizes = []
+    for batch_size in (few, 2 * few):
+        parts = memory(config | {"batch_size": batch_size}, n_loop, dtype, on_gpu)
+        sizes.append(sum(parts.values()))
+    row = (sizes[1] - sizes[0]) / few
+    return max(0, few + int((room - sizes[0]) // row))
+
+
 def remedies(config: dict, n_loop: Loops, dtype: torch.dtype, on_gpu: bool) -> dict[str, float]:
     """Return {"--option=value": bytes in all with it} of options that save memory, least first."""
     changes = [("recompute", "cheap"), ("recompute", "block"), ("loss_chunk", 2048)]

@@ -257,6 +257,19 @@ def test_remedies_are_other_values_of_options_that_save_memory(monkeypatch):
     assert set(plain) == {"--recompute=cheap", "--recompute=block", "--loss_chunk=2048"}
 
 
+@pytest.mark.parametrize("batch_size", [1, 12])
+def test_the_largest_batch_fits_and_one_row_more_does_not(batch_size):
+    last = (None, torch.bfloat16, True)
+
+    def size(rows):
+        return sum(estimate.memory(options(batch_size=rows), *last).values())
+
+    room = size(100)
+    assert estimate.largest_batch(options(batch_size=batch_size), *last, room) == 100
+    assert estimate.largest_batch(options(batch_size=batch_size), *last, room - 1) == 99
+    assert estimate.largest_batch(options(batch_size=batch_size), *last, 1) == 0
+
+
 # -----------------------------------------------------------------------------
 # time
 def test_a_divided_model_gathers_blocks_at_each_call():
