@@ -124,7 +124,8 @@ def commands_of_the_readme():
                 continue
             if line.startswith("--"):
                 options, name = re.split(r"\s{2,}", line)
-                line = f"python train.py config/quickstart.py --out_dir=out-{name} {options}"
+                base = "python train.py config/quickstart.py --loop_start=0 --loop_sampling=poisson"
+                line = f"{base} --out_dir=out-{name} {options}"
             for before, instead in STANDS_FOR.items():
                 line = line.replace(before, instead)
             for command in line.split(" && "):
