@@ -1,5 +1,5 @@
-# The block of train_shakespeare_char_cpu_looped.py, looped six times on average from the first step
-# on, for 1,000 steps: what the recipes beside it compare with.
+# The block of train_shakespeare_char_cpu_looped.py, looped seven times on average from the first
+# step on, for 1,000 steps: what the recipes beside it compare with.
 # python train.py config/recipe.py
 # Loss to expect: 1.713 on validation at 6 loops, the same at 24, 2.017 at one; about 3 minutes on
 # one CPU core.

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from math import inf
 from unittest import mock
 
@@ -251,17 +251,28 @@ def check(config: dict) -> None:
 def largest_batch(
     config: dict, n_loop: Loops, dtype: torch.dtype, on_gpu: bool, room: float
 ) -> int:
-    """Return the largest batch_size that room, in bytes, holds; 0 where not even one row fits.
+    """Return the largest batch_size whose memory is at most room, in bytes; 0 if one row has more.
 
-    From two sizes: from 8 rows on the peak is in the passes, where memory is linear in the rows.
+    Newton's method: each guess continues at the slope of the last one.
     """
-    few = max(8, config["batch_size"])
-    sizes = []
-    for batch_size in (few, 2 * few):
-        parts = memory(config | {"batch_size": batch_size}, n_loop, dtype, on_gpu)
-        sizes.append(sum(parts.values()))
-    row = (sizes[1] - sizes[0]) / few
-    return max(0, few + int((room - sizes[0]) // row))
+
+    @cache
+    def size(rows: int) -> int:
+        return sum(memory(config | {"batch_size": rows}, n_loop, dtype, on_gpu).values())
+
+    fits, too_many = 0, inf
+    rows = config["batch_size"]
+    while too_many - fits > 1:
+        slope = size(rows + 1) - size(rows)
+        for tried in (rows, rows + 1):
+            if size(tried) <= room:
+                fits = max(fits, tried)
+            else:
+                too_many = min(too_many, tried)
+        # without a slope the optimizer's step, which has no rows, takes most
+        guess = rows + (room - size(rows)) // slope if slope > 0 else 2 * rows
+        rows = int(min(max(guess, fits + 1), too_many - 1))
+    return fits
 
 
 def remedies(config: dict, n_loop: Loops, dtype: torch.dtype, on_gpu: bool) -> dict[str, float]:

@@ -257,17 +257,25 @@ def test_remedies_are_other_values_of_options_that_save_memory(monkeypatch):
     assert set(plain) == {"--recompute=cheap", "--recompute=block", "--loss_chunk=2048"}
 
 
-@pytest.mark.parametrize("batch_size", [1, 12])
-def test_the_largest_batch_fits_and_one_row_more_does_not(batch_size):
+WIDE = dict(n_embd=256, block_size=4)  # few rows take less than the optimizer's step
+
+
+@pytest.mark.parametrize(
+    "batch_size, given",
+    [(12, {}), (1, WIDE), (1, WIDE | dict(optimizer="muon")), (12, dict(loss_chunk=2048))],
+)
+def test_the_largest_batch_fits_and_one_row_more_does_not(batch_size, given):
     last = (None, torch.bfloat16, True)
 
     def size(rows):
-        return sum(estimate.memory(options(batch_size=rows), *last).values())
+        return sum(estimate.memory(options(batch_size=rows, **given), *last).values())
 
-    room = size(100)
-    assert estimate.largest_batch(options(batch_size=batch_size), *last, room) == 100
-    assert estimate.largest_batch(options(batch_size=batch_size), *last, room - 1) == 99
-    assert estimate.largest_batch(options(batch_size=batch_size), *last, 1) == 0
+    def largest(room):
+        return estimate.largest_batch(options(batch_size=batch_size, **given), *last, room)
+
+    room = size(3000)
+    assert largest(room) == 3000 and largest(room - 1) == 2999
+    assert largest(1) == 0
 
 
 # -----------------------------------------------------------------------------
