@@ -1,10 +1,9 @@
 # A looped GPT on Python source code, byte by byte, on two CPU cores: two blocks, applied once in
 # the first half of training, then one to seven times, as drawn anew for each step.
 # python train.py config/quickstart.py
-# Loss to expect: 1.26 on validation at 4, 8 and 16 loops, 1.31 at one, after about 220 s (Python
-# 3.11's library); 1.25 to 1.26 with seeds 1, 2 and 3. Until half of the training only the loss at
-# one loop falls. Losses of these four, which `against` of runs.py table takes:
-# docs/curves/quickstart.jsonl
+# Loss to expect: 1.25 to 1.26 on validation at 4, 8 and 16 loops, 1.30 to 1.32 at one, after 150 to
+# 220 s (Python 3.11's library; four seeds). Until half of the training only the loss at one loop
+# falls. Losses of these four, which `against` of runs.py table takes: docs/curves/quickstart.jsonl
 
 out_dir = "out-quickstart"
 init_from = "auto"  # run again, it goes on or is done
